@@ -1,0 +1,350 @@
+"""train.py end to end at toy sizes: what is frozen stays frozen, what should be equal is equal, bad input is refused in one line."""
+
+import ast
+import copy
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import train
+from conftest import ROOT
+from model import GPT, GPTConfig
+from tvkd import implicit_value, sequence_logps
+
+SMALL = ["--train_pairs=24", "--student_pairs=12", "--val_pairs=6", "--test_pairs=10", "--batch_size=8", "--samples=2",
+         "--max_new_tokens=12", "--teacher_layers=1", "--teacher_width=16", "--student_layers=1", "--student_width=8",
+         "--teacher_heads=2", "--student_heads=2", "--teacher_sft_steps=4", "--teacher_dpo_steps=4", "--student_sft_steps=4",
+         "--steps=4", "--log_interval=1", "--eval_interval=2", "--vocab_size=300", "--device=cpu"]
+
+
+def run(out, *options):
+    """-> rows by label, log lines"""
+    assert train.main([*SMALL, f"--out={out}", *options]) == 0
+    rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["rows"]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {train.label(row) if row["seed"] == 0 else f"{train.label(row)} {row['seed']}": row for row in rows}, log
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("default")
+    return out, *run(out)
+
+
+# --- the whole run ---------------------------------------------------------------------------------------------------------
+
+def test_results(default_run):
+    """A row for the teacher, the student it starts from, and each method; tvkd once for each value."""
+    out, rows, _ = default_run
+    assert list(rows) == ["teacher", "sft", "bc", "kd", "dpo", "tvkd implicit/value", "tvkd logits/hold"]
+    for row in rows.values():
+        assert row["seed"] == 0 and row["pref_n"] == 10 and row["kl"] >= 0
+        assert 0 <= row["pref_acc"] <= 1 and math.isfinite(row["reward"]) and row["reward_ci"] >= 0
+    assert rows["sft"]["kl"] == 0 and rows["sft"]["pref_acc"] == 0.5           # it is its own reference: ties, each half right
+    assert rows["dpo"]["vs_dpo"] is None and rows["kd"]["vs_dpo"] == pytest.approx(rows["kd"]["reward"] - rows["dpo"]["reward"])
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["config"]["alpha"] == 1.0 and results["made"]["torch"] == torch.__version__
+    assert {p.name for p in (out / "seed0").iterdir()} == {"tokenizer.tiktoken", *(f"{stage}.pt" for stage in (
+        "teacher-sft", "teacher-dpo", "student-sft", "bc", "kd", "dpo", "tvkd-implicit-value", "tvkd-logits-hold"))}
+
+
+def test_log(default_run):
+    """The four log-probs, margin and accuracy of preference stages; validation with KL and reward; DPO starts at ln 2."""
+    _, _, log = default_run
+    dpo = [line for line in log if line["stage"] == "dpo"]
+    assert [line["step"] for line in dpo] == [1, 2, 3, 4]
+    assert dpo[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert {"policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "margin", "accuracy"} <= set(dpo[0])
+    assert "val_kl" not in dpo[0] and {"val_kl", "val_reward", "val_pref_acc"} <= set(dpo[1])
+    assert dpo[3]["loss"] == pytest.approx(-math.log(1 / (1 + math.exp(-dpo[3]["margin"]))), rel=0.05)
+
+
+def test_step_0_is_shown(default_run, tmp_path, capsys):
+    run(tmp_path, "--methods=dpo,tvkd", "--value=implicit")
+    shown = capsys.readouterr().out
+    assert shown.count("expected 0.6931 = ln 2") == 2                          # the teacher's DPO and the student's
+    assert shown.count("step 0 check") == 3
+    for part in ("true reward", "psi per token, implicit/value, chosen", "tokens/s", "s left", "prompt: Describe the"):
+        assert part in shown, part
+
+
+def test_checkpoints_load_and_answer(default_run):
+    """What the README shows: weights and tokenizer read back give a model that answers."""
+    out, *_ = default_run
+    tokenizer = data.load_tokenizer(out / "seed0" / "tokenizer.tiktoken")
+    checkpoint = torch.load(out / "seed0" / "dpo.pt", weights_only=True)
+    model = GPT(GPTConfig(**checkpoint["config"]))
+    model.load_weights(checkpoint["model"])
+    [answer] = model.generate([tokenizer.encode_ordinary("Describe the cat: red, small, fast, old.")], 5, tokenizer.eot_token)
+    assert isinstance(tokenizer.decode(answer), str)
+
+
+# --- what must be equal, and what must not ---------------------------------------------------------------------------------
+
+def numbers(row):
+    return {name: value for name, value in row.items() if name not in ("method", "value", "terminal", "seed", "vs_dpo", "vs_dpo_ci")}
+
+
+def test_strict_shaping_trains_to_the_same_numbers_as_dpo(default_run, tmp_path):
+    """terminal "zero" and alpha 0 are DPO to the last digit; the default is not, and neither is each other option of the loss."""
+    _, rows, _ = default_run
+    dpo, tvkd = numbers(rows["dpo"]), numbers(rows["tvkd implicit/value"])
+    only = ("--methods=dpo,tvkd", "--value=implicit")
+    assert numbers(run(tmp_path, *only, "--terminal=zero", "--alpha=3")[0]["tvkd implicit/zero"]) == dpo
+    assert numbers(run(tmp_path, *only, "--alpha=0")[0]["tvkd implicit/value"]) == dpo
+    assert tvkd["pref_margin"] != dpo["pref_margin"]
+    for change in ("--alpha=2", "--beta=0.5", "--gamma=0.5", "--terminal=hold", "--teacher_beta=0.5", "--lr=1e-3", "--seed=1"):
+        row = next(row for name, row in run(tmp_path, *only, change)[0].items() if name.startswith("tvkd"))
+        assert row["pref_margin"] != tvkd["pref_margin"], change
+
+
+def test_runs_repeat_and_measuring_changes_nothing(default_run, tmp_path):
+    """The same command gives the same rows; so do other logging and evaluation intervals, and other methods beside."""
+    _, rows, _ = default_run
+    assert run(tmp_path)[0] == rows
+    sparse = run(tmp_path, "--eval_interval=1000", "--log_interval=1000", "--methods=tvkd,dpo")[0]
+    for name in ("teacher", "sft", "dpo", "tvkd implicit/value", "tvkd logits/hold"):
+        assert numbers(sparse[name]) == numbers(rows[name])
+    both = run(tmp_path, "--seeds=2", "--methods=dpo")[0]
+    assert numbers(both["dpo"]) == numbers(rows["dpo"]) != numbers(both["dpo 1"])
+    assert numbers(run(tmp_path, "--seed=1", "--methods=dpo")[0]["dpo 1"]) == numbers(both["dpo 1"])
+
+
+@pytest.fixture
+def setup():
+    """A small student, its frozen reference, a teacher, and 12 encoded pairs."""
+    tokenizer = data.learn_tokenizer(data.toy_splits(30, 1, 1, 0).train, 300)
+    _, pairs, _ = data.encode(data.toy_splits(12, 1, 1, 0).train, tokenizer, 128)
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(GPT(GPTConfig(tokenizer.n_vocab, 128, 1, 2, 8)))
+    return models[0], train.frozen(models[0]), train.frozen(models[1]), pairs
+
+
+CPU = torch.device("cpu")
+
+
+def test_cache_is_the_live_score_of_each_row(setup):
+    """Cached in batches sorted by length, looked up by index: within 1e-5 of scoring each row alone."""
+    _, ref, teacher, pairs = setup
+    rows = train.both_responses(pairs)
+    logps = train.cached_logps(ref, rows, 5, CPU)
+    values = train.cached_values("implicit", teacher, ref, rows, 0.5, 5, CPU)
+    psi = train.cached_psi(values, rows, 1.0, "value").sum(-1)
+    for i, row in enumerate(rows):
+        tokens, mask = data.collate([row])
+        own, its_teacher = train.score(ref, tokens), train.score(teacher, tokens)
+        assert logps[i].item() == pytest.approx(sequence_logps(own, mask).item(), abs=1e-4)
+        live = implicit_value(its_teacher, own, mask, 0.5)[0]
+        torch.testing.assert_close(values[i], live, atol=1e-4, rtol=0)
+        assert values[i].shape == (len(row.prompt) + len(row.response),) and values[i].element_size() == 4
+        assert psi[i].item() == pytest.approx(live[-1].item(), abs=1e-4)       # V(s_end) - V(s_p), and V(s_p) = 0
+
+
+def test_training_moves_the_policy_alone(setup):
+    """After 3 TVKD steps the policy has moved; reference and teacher have not, took no gradient and are in eval mode."""
+    student, ref, teacher, pairs = setup
+    rows = train.both_responses(pairs)
+    logps = train.cached_logps(ref, rows, 8, CPU).view(2, -1)
+    values = train.cached_values("logits", teacher, ref, rows, 1.0, 8, CPU)
+    psi = train.cached_psi(values, rows, 1.0, "hold").sum(-1).float().view(2, -1)
+    before = {model: copy.deepcopy(model.state_dict()) for model in (student, ref, teacher)}
+    loss_of = train.preference(student, pairs, logps, 1.0, CPU, psi, 1.0)
+    train.fit("tvkd", student, loss_of, len(pairs), 3, 1e-2, train.Config(batch_size=8, log_interval=1), 0, io.StringIO())
+    for model in (ref, teacher):
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in before[model].items())
+        assert not model.training and all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert any(not torch.equal(value, student.state_dict()[name]) for name, value in before[student].items())
+
+
+def test_kd_reads_the_teacher(setup):
+    """Distilling from itself: loss 0 and no gradient; from another teacher: not."""
+    student, ref, teacher, pairs = setup
+    for source, zero in ((ref, True), (teacher, False)):
+        loss, _, _ = train.distillation(student, source, pairs, CPU)(list(range(12)))
+        gradients = torch.autograd.grad(loss, list(student.parameters()))
+        assert (abs(loss.item()) < 1e-6) == zero == (max(g.abs().max().item() for g in gradients) < 1e-6)
+
+
+def test_step_0_check_notices_another_reference(setup):
+    student, ref, teacher, pairs = setup
+    rows = train.both_responses(pairs)
+    for source, right in ((ref, True), (teacher, False)):
+        loss_of = train.preference(student, pairs, train.cached_logps(source, rows, 8, CPU).view(2, -1), 1.0, CPU)
+        if right:
+            train.check_start(loss_of, student, len(pairs), torch.zeros(len(pairs)))
+        else:
+            with pytest.raises(RuntimeError, match="step 0 check failed"):
+                train.check_start(loss_of, student, len(pairs), torch.zeros(len(pairs)))
+
+
+def test_margin_metrics_by_hand():
+    """beta 0.1; log-ratios 2 and 0, 0 and 1, 3 and 3: margins 0.2, -0.1, 0; mean 0.0333; accuracy (1 + 0 + 1/2) / 3."""
+    margins = train.reward_margins(torch.tensor([2.0, 0, 3]), torch.tensor([0.0, 1, 3]), torch.zeros(3), torch.zeros(3), 0.1)
+    assert margins.tolist() == pytest.approx([0.2, -0.1, 0.0])
+    assert train.margin_metrics(margins) == pytest.approx({"margin": 0.1 / 3, "accuracy": 0.5})
+
+
+def test_policy_kl_by_hand(setup):
+    """Reference and policy that ignore their input: KL((.5,.5) || (.9,.1)) = .510826 per state, three states: 1.532477."""
+    class Constant(torch.nn.Module):
+        def __init__(self, *probs):
+            super().__init__()
+            self.logits = torch.tensor(probs).log()
+
+        def forward(self, tokens):
+            return self.logits.expand(*tokens.shape, 2)
+
+    rows = [data.Row([0, 1], [1, 1, 0]), data.Row([1], [0, 1, 0])]
+    assert train.policy_kl(Constant(.5, .5), Constant(.9, .1), rows, 2, CPU) == pytest.approx(3 * 0.510826, abs=1e-5)
+
+
+def test_interval_by_hand():
+    """1, 2, 3, 4: variance 5/3, standard error sqrt(5/12) = 0.645497; times 1.96 = 1.265174. Of one number: none."""
+    assert train.interval(torch.tensor([1.0, 2, 3, 4])) == pytest.approx(1.265174, abs=1e-5)
+    assert train.interval(torch.tensor([1.0])) is None
+
+
+def test_table_over_seeds_by_hand():
+    """Rewards 1 and 3 of two seeds: 2 +- 12.706 sqrt(2)/sqrt(2) = 12.71; of one seed: its own interval."""
+    rows = [{"method": "dpo", "value": None, "terminal": None, "seed": seed, "reward": reward, "reward_ci": 0.5, "vs_dpo": None,
+             "vs_dpo_ci": None, "pref_acc": 0.5, "pref_acc_ci": 0.1, "pref_n": 10, "kl": 0.0, "length": 3.0}
+            for seed, reward in ((0, 1.0), (1, 3.0))]
+    assert "2.00 ± 12.71" in train.table(rows) and "2 seeds" in train.table(rows)
+    assert "1.00 ± 0.50" in train.table(rows[:1])
+
+
+# --- real preferences ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def preferences(tmp_path):
+    """A JSONL file with pairs in all four layouts, 40 prompts."""
+    path = tmp_path / "pairs.jsonl"
+    lines = []
+    for i in range(40):
+        question, good, bad = f"What is {i} and one?", f"It is {i + 1}.", f"It is {i}, or so."
+        user, hh = [{"role": "user", "content": question}], f"\n\nHuman: {question}\n\nAssistant:"
+        answers = [[{"role": "assistant", "content": text}] for text in (good, bad)]
+        lines.append([{"prompt": question, "chosen": " " + good, "rejected": " " + bad},
+                      {"prompt": user, "chosen": answers[0], "rejected": answers[1]},
+                      {"chosen": user + answers[0], "rejected": user + answers[1]},
+                      {"chosen": f"{hh} {good}", "rejected": f"{hh} {bad}"}][i % 4])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_real_preferences(preferences, tmp_path, capsys):
+    rows, _ = run(tmp_path / "out", f"--data={preferences}", "--train_pairs=0", "--block_size=64")
+    assert rows["dpo"]["reward"] is None and rows["dpo"]["pref_n"] == 10
+    shown = capsys.readouterr().out
+    assert "n = 10 held-out pairs" in shown and "train: 24 pairs of 24; 0 with the prompt cut" in shown
+
+
+def test_what_is_cut_and_dropped_is_counted(preferences, tmp_path, capsys):
+    """block_size 16 cuts some prompts and drops no response; 4 leaves no pair at all, and says which option."""
+    run(tmp_path / "out", f"--data={preferences}", "--train_pairs=0", "--block_size=16", "--methods=dpo")
+    assert re.search(r"train: 24 pairs of 24; [1-9]\d* with the prompt cut from the left, 0 dropped", capsys.readouterr().out)
+    assert train.main([*SMALL, f"--data={preferences}", "--train_pairs=0", "--block_size=4", f"--out={tmp_path / 'o'}"]) == 2
+    assert capsys.readouterr().err.startswith("train.py: --block_size: expected room for")
+
+
+# --- the command line ------------------------------------------------------------------------------------------------------
+
+def refused(capsys, *options):
+    """The one line on stderr with which a command is refused, exit code 2, before any training."""
+    try:
+        code = train.main(list(options))
+    except SystemExit as stop:                                                  # argparse's own
+        code = stop.code
+    shown = capsys.readouterr()
+    assert code == 2 and "step" not in shown.out
+    assert shown.err.startswith("train.py: ") and shown.err.count("\n") == 1, shown.err
+    return shown.err
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--learning_rate=1"], "unrecognized arguments: --learning_rate=1"),
+    (["--alph=1"], "unrecognized arguments: --alph=1"),
+    (["--alpha=much"], "invalid float value: 'much'"),
+    (["--alpha=nan"], "--alpha: expected a number of at least 0, got nan"),
+    (["--beta=-1"], "--beta: expected a number of at least 0, got -1.0"),
+    (["--methods=dpo,ppo"], "--methods: expected some of bc,kd,dpo,tvkd, got ('dpo', 'ppo')"),
+    (["--methods="], "--methods: expected some of"),
+    (["--value=q"], "--value: expected some of implicit,logits"),
+    (["--terminal=end"], "--terminal: expected one of zero, hold, value"),
+    (["--student_width=10"], "--student_width: expected a multiple of --student_heads=4, got 10"),
+    (["--steps=0"], "--steps: expected at least 1, got 0"),
+    (["--device=tpu"], "--device: expected one of auto, cpu, cuda, mps"),
+    (["--train_pairs=0"], "--train_pairs: expected at least 1 on the toy task"),
+    (["--train_pairs=100000"], "--train_pairs + --val_pairs + --test_pairs: expected at most 15552"),
+    (["--vocab_size=100"], "--vocab_size: expected at least 257"),
+    (["--tokenizer=gpt9"], "--tokenizer: expected one of"),
+    (["--data=missing.jsonl"], "missing.jsonl: expected a readable JSONL file"),
+])
+def test_bad_options(capsys, tmp_path, options, said):
+    assert said in refused(capsys, f"--out={tmp_path / 'out'}", *options)
+
+
+@pytest.mark.parametrize("line, said", [
+    ('{"prompt": "a", "chosen": ', "expected one JSON object"),
+    ('{"prompt": "a", "chosen": "b"}', 'expected a field "rejected"'),
+    ('{"prompt": "a", "chosen": "", "rejected": "b"}', 'expected text in "chosen"'),
+    ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "the same response twice"),
+    ('{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "c"}', "share the prompt"),
+])
+def test_bad_data_names_file_and_line(capsys, tmp_path, line, said):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' + line + "\n", encoding="utf-8")
+    message = refused(capsys, f"--data={path}", f"--out={tmp_path / 'out'}")
+    assert f"{path}:2: " in message and said in message
+
+
+def test_unwritable_out(capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "--out: expected a folder that can be written" in refused(capsys, f"--out={tmp_path / 'file' / 'out'}")
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{f.name} " in shown for f in train.fields(train.Config))
+
+
+def test_non_finite_loss_stops(tmp_path, capsys):
+    assert train.main([*SMALL, f"--out={tmp_path}", "--teacher_sft_lr=1e30", "--teacher_sft_steps=40"]) == 1
+    assert re.search(r"teacher-sft: loss (nan|inf) at step \d+", capsys.readouterr().err)
+
+
+def test_cpu_never_touches_cuda(tmp_path):
+    """--device=cpu in a fresh process: CUDA stays uninitialised."""
+    code = f"import train, torch, sys; code = train.main({[*SMALL, '--methods=dpo', f'--out={tmp_path}']!r}); " \
+           "sys.exit(code or torch.cuda.is_initialized())"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60).returncode == 0
+
+
+# --- the repository --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, allowed", [
+    ("tvkd", set()), ("model", set()), ("data", {"numpy", "tiktoken"}), ("train", {"data", "model", "tvkd"})])
+def test_imports(name, allowed):
+    """tvkd and model import torch alone; data numpy, torch and tiktoken; train the three. The standard library is free."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {module.split(".")[0] for module in found} - sys.stdlib_module_names == {"torch"} | allowed
+
+
+def test_text_files_are_opened_as_utf8():
+    """On Windows the default encoding is another."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+        for call in re.findall(r"(?:\bopen|read_text|write_text)\([^\n]*", path.read_text(encoding="utf-8")):
+            assert "encoding=" in call or path.parent.name == "tests", f"{path.name}: {call}"

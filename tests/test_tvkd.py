@@ -1,0 +1,384 @@
+"""tvkd.py against values worked out by hand; the arithmetic stands in each docstring.
+
+Exact: every value and gradient here. Oracles: a double loop for the two functions whose indices are subtle.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tvkd import (dpo_loss, implicit_value, kd_loss, nll_loss, sequence_logps, shaping, soft_value, token_logps, tvkd_loss)
+
+LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
+
+
+def t(*values):
+    return torch.tensor(values, dtype=torch.double)
+
+
+def close(got, expected, tolerance=1e-6):
+    torch.testing.assert_close(torch.as_tensor(got, dtype=torch.double), torch.as_tensor(expected, dtype=torch.double),
+                               atol=tolerance, rtol=0)
+
+
+# --- token_logps, sequence_logps -------------------------------------------------------------------------------------------
+
+def test_token_logps_shift():
+    """Logits of +50 on token (x+1) mod 5 at input x; tokens 0 1 2 3 4: every action has probability 1 to 1e-20. Without the
+    shift each would have about -50."""
+    tokens = torch.tensor([[0, 1, 2, 3, 4]])
+    logits = 50.0 * F.one_hot((tokens + 1) % 5, 5)
+    assert token_logps(logits, tokens).shape == (1, 4)
+    assert token_logps(logits, tokens).min() > -1e-6
+
+
+def test_uniform_sequence():
+    """V = 5, prompt of 4, response of 2 and EOS: 3 scored actions of ln(1/5) = -1.609438 each; sum -4.828314 (not the mean)."""
+    tokens = torch.tensor([[1, 2, 3, 4, 1, 2, 0]])
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1]]).bool()            # actions 3, 4, 5 = tokens 4, 5, 6
+    close(sequence_logps(token_logps(torch.zeros(1, 7, 5), tokens), mask), [-4.828314])
+
+
+def test_first_response_token_and_eos_are_scored():
+    """Prompt of 4, so the first response action is taken in state 3 (logits[:, 3]); EOS, token 6, in state 5. Logits of states
+    0 to 2 (the prompt's) and of state 6 (after EOS) are never read."""
+    tokens = torch.tensor([[1, 2, 3, 4, 1, 2, 0]])
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1]]).bool()
+    base = torch.zeros(1, 7, 5)
+    for state, read in enumerate([False, False, False, True, True, True, False]):
+        nudged = base.clone()
+        nudged[0, state] = torch.arange(5.0) * 3
+        changed = sequence_logps(token_logps(nudged, tokens), mask) != sequence_logps(token_logps(base, tokens), mask)
+        assert bool(changed) == read, f"state {state}"
+
+
+def test_token_logps_equals_log_softmax_with_gradient():
+    """gather - logsumexp is gather of log_softmax; d log p(a) / d logits = onehot(a) - softmax, at logits (0, ln 3): (-1/4, 1/4)
+    for the second action taken, i.e. 1 - 3/4."""
+    logits = t(0, LN3).view(1, 1, 2).repeat(1, 2, 1).requires_grad_()
+    logps = token_logps(logits, torch.tensor([[0, 1]]))
+    close(logps, [[math.log(3 / 4)]])
+    logps.sum().backward()
+    close(logits.grad, [[[-1 / 4, 1 / 4], [0, 0]]])             # the last state is not acted in
+    generator = torch.Generator().manual_seed(0)
+    random, tokens = torch.randn(3, 6, 7, generator=generator), torch.randint(7, (3, 6), generator=generator)
+    expected = F.log_softmax(random, -1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    close(token_logps(random, tokens), expected)
+
+
+def test_precision():
+    """bfloat16 logits are raised first: 200 tokens sum to within 1e-3 of float64 on the same numbers. float64 stays float64."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(1, 201, 50, generator=generator)).bfloat16()
+    tokens, mask = torch.randint(50, (1, 201), generator=generator), torch.ones(1, 200).bool()
+    low, high = (sequence_logps(token_logps(x, tokens), mask) for x in (logits, logits.double()))
+    assert low.dtype == torch.float32 and high.dtype == torch.float64
+    close(low, high, 1e-3)
+    assert soft_value(logits, 1.0).dtype == torch.float32
+
+
+def test_padding_garbage_stays_out():
+    """Padding logits of -inf, padding log-probs of NaN: value and gradient of the sum are those of the two real actions."""
+    logits = torch.zeros(1, 4, 5)
+    logits[:, 2:] = -torch.inf                                  # state 2 is only acted in by padding
+    logits.requires_grad_()
+    logps = sequence_logps(token_logps(logits, torch.tensor([[1, 2, 0, 0]])), torch.tensor([[1, 1, 0]]).bool())
+    close(logps, [2 * math.log(1 / 5)])
+    logps.sum().backward()
+    close(logits.grad[0, 2:], torch.zeros(2, 5))
+    close(logits.grad[0, 0], [-.2, -.2, .8, -.2, -.2])          # onehot(token 2) - 1/5
+    noisy = torch.tensor([[-1.0, -2.0, float("nan")]], requires_grad=True)
+    total = sequence_logps(noisy, torch.tensor([[True, True, False]]))
+    close(total, [-3])
+    total.sum().backward()
+    close(noisy.grad, [[1, 1, 0]])
+
+
+# --- dpo_loss --------------------------------------------------------------------------------------------------------------
+
+def test_dpo_by_hand():
+    """Policy (-10, -12), reference (-11, -11), beta 0.1: x = 0.1 (1 - (-1)) = 0.2; loss -ln sigmoid(0.2) = 0.598139. The pair
+    swapped: x = -0.2, loss 0.798139 = 0.598139 + 0.2. Gradient: -beta sigmoid(-0.2) = -0.1 * 0.450166 for the chosen."""
+    policy = t(-10, -12).requires_grad_()
+    ref = t(-11, -11).requires_grad_()
+    loss = dpo_loss(policy[:1], policy[1:], ref[:1], ref[1:], 0.1)
+    close(loss, [0.598139])
+    close(dpo_loss(policy[1:], policy[:1], ref[1:], ref[:1], 0.1), [0.798139])
+    loss.sum().backward()
+    close(policy.grad, [-0.0450166, 0.0450166])
+    assert ref.grad is None
+
+
+def test_dpo_theory_case():
+    """beta 1, log-ratios ln 4 and ln 2: margin ln 2, sigmoid 2/3, loss ln(3/2), weight 1/3."""
+    policy = t(LN4, LN2).requires_grad_()
+    loss = dpo_loss(policy[:1], policy[1:], t(0), t(0), 1.0)
+    close(loss, [math.log(3 / 2)])
+    loss.sum().backward()
+    close(policy.grad, [-1 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_dpo_at_the_reference(beta):
+    """policy = reference: loss ln 2 whatever beta, gradient -beta/2 for the chosen. Not zero: a start, not a plateau."""
+    policy = t(-3, -7).requires_grad_()
+    loss = dpo_loss(policy[:1], policy[1:], t(-3), t(-7), beta)
+    close(loss, [LN2])
+    loss.sum().backward()
+    close(policy.grad, [-beta / 2, beta / 2])
+
+
+def test_dpo_extreme_margins():
+    """Margin -900: loss 900, gradient -1 (log(sigmoid(x)) would be -inf). Margin 900: loss 0, gradient 0."""
+    for margin, loss, gradient in ((-900.0, 900.0, -1.0), (900.0, 0.0, 0.0)):
+        policy = torch.tensor([margin], requires_grad=True)
+        got = dpo_loss(policy, torch.zeros(1), torch.zeros(1), torch.zeros(1), 1.0)
+        close(got, [loss])
+        got.sum().backward()
+        close(policy.grad, [gradient])
+
+
+# --- the teacher's value ---------------------------------------------------------------------------------------------------
+
+def test_soft_value():
+    """logsumexp(1, 2, 3) = 3 + ln(1 + 1/e + 1/e^2) = 3.407606. At beta 2 twice that (V = beta logsumexp, not logsumexp/beta).
+    Of log-probabilities 0. The theory's tree at state a, logits (ln 1/2 + ln 3, ln 1/2): ln(3/2 + 1/2) = ln 2."""
+    logits = t(1, 2, 3).view(1, 1, 3)
+    close(soft_value(logits, 1.0), [[3.407606]])
+    close(soft_value(logits, 2.0), [[6.815212]])
+    close(soft_value(logits.log_softmax(-1), 1.0), [[0.0]])
+    close(soft_value(t(math.log(3 / 2), math.log(1 / 2)), 1.0), LN2)
+
+
+def test_soft_value_is_not_identified():
+    """7t added to all logits of state t: same policy, value up by beta 7t = 14t at beta 2; the implicit value does not move."""
+    logits = torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    shifted = logits + 7 * torch.arange(4).view(1, 4, 1)
+    tokens, mask, ref = torch.tensor([[1, 2, 3, 0]]), torch.ones(1, 3).bool(), torch.zeros(1, 3).double()
+    close(shifted.softmax(-1), logits.softmax(-1))
+    close(soft_value(shifted, 2.0) - soft_value(logits, 2.0), [[0, 14, 28, 42]])
+    close(implicit_value(token_logps(shifted, tokens), ref, mask, 2.0), implicit_value(token_logps(logits, tokens), ref, mask, 2.0))
+
+
+def test_implicit_value_by_hand():
+    """Log-ratios (9, 2, -3, NaN), mask (0, 1, 1, 0), beta 2. States 0 and 1 are the prompt's: 0. Then 2*2 = 4, then
+    4 + 2*(-3) = -2 at s_end, and -2 on through the padding."""
+    teacher = torch.tensor([[9.0, 3.0, -1.0, float("nan")]])
+    ref = torch.tensor([[0.0, 1.0, 2.0, 5.0]])
+    close(implicit_value(teacher, ref, torch.tensor([[0, 1, 1, 0]]).bool(), 2.0), [[0, 0, 4, -2, -2]])
+
+
+def implicit_value_oracle(teacher, ref, mask, beta):
+    """V(s_{p+k}) - V(s_p) = sum over i < k of beta log pi_phi(a_{p+i}|s_{p+i}) / pi_phi,ref(...), literally."""
+    values = torch.zeros(teacher.shape[0], teacher.shape[1] + 1, dtype=teacher.dtype)
+    for b in range(teacher.shape[0]):
+        p = int(mask[b].nonzero()[0])
+        end = int(mask[b].nonzero()[-1]) + 1
+        for state in range(p, values.shape[1]):
+            for i in range(min(state, end) - p):
+                values[b, state] += beta * (teacher[b, p + i] - ref[b, p + i])
+    return values
+
+
+def random_rows(seed, rows=6, width=9):
+    """Random per-state and per-action tensors with response masks of every kind: at the left edge, at the right, one long."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, rows, width, generator=generator, dtype=torch.double)
+    values = torch.randn(rows, width + 1, generator=generator, dtype=torch.double)
+    mask = torch.zeros(rows, width).bool()
+    for row, (start, end) in zip(mask, ((0, width), (0, 1), (width - 1, width), (3, 7), (2, 3), (4, width))):
+        row[start:end] = True
+    return values, a, b, mask
+
+
+def test_implicit_value_oracle():
+    _, teacher, ref, mask = random_rows(0)
+    close(implicit_value(teacher, ref, mask, 0.7), implicit_value_oracle(teacher, ref, mask, 0.7), 1e-12)
+
+
+# --- shaping ---------------------------------------------------------------------------------------------------------------
+
+ALL = torch.ones(1, 3).bool()
+
+
+@pytest.mark.parametrize("gamma, terminal, psi", [
+    (1.0, "zero", [3, -2, -3]),             # 5-2, 3-5, 0-3: sum -2 = -Phi(s_p)
+    (1.0, "value", [3, -2, 1]),             # ..., 4-3: sum 2 = Phi(s_end) - Phi(s_p)
+    (1.0, "hold", [3, -2, 0]),              # ..., 3-3: sum 1
+    (0.9, "zero", [2.5, -2.3, -3]),         # .9*5-2, .9*3-5, -3: plain sum -2.8, not -2
+    (0.9, "value", [2.5, -2.3, 0.6]),       # ..., .9*4-3
+])
+def test_shaping_by_hand(gamma, terminal, psi):
+    """Potentials (2, 5, 3), the finished answer's value 4."""
+    close(shaping(t(2, 5, 3, 4).view(1, 4), ALL, gamma, terminal), [psi])
+
+
+def test_shaping_default_is_the_undiscounted_value():
+    close(shaping(t(2, 5, 3, 4).view(1, 4), ALL), [[3, -2, 1]])
+
+
+def test_discounted_sum_telescopes():
+    """gamma 0.9: 2.5 - 0.9*2.3 - 0.81*3 = 2.5 - 2.07 - 2.43 = -2.0 = -Phi(s_p), while the plain sum is -2.8."""
+    psi = shaping(t(2, 5, 3, 4).view(1, 4), ALL, 0.9, "zero")[0]
+    close((psi * t(1, 0.9, 0.81)).sum(), -2.0)
+    close(psi.sum(), -2.8)
+
+
+def test_gamma_below_one_is_a_length_bias():
+    """Constant potential 10, gamma 0.7, terminal 0. Three tokens: -3 -3 -10 = -16. One token: -10. Nothing was learned, and the
+    longer answer is shaped down by 6."""
+    values, mask = torch.full((2, 4), 10.0), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    close(shaping(values, mask, 0.7, "zero").sum(-1), [-16, -10])
+
+
+def shaping_oracle(values, mask, gamma, terminal):
+    """psi_t = gamma Phi(s_{t+1}) - Phi(s_t) with Phi(s_end) replaced, literally."""
+    psi = torch.zeros(mask.shape, dtype=values.dtype)
+    for b in range(mask.shape[0]):
+        end = int(mask[b].nonzero()[-1]) + 1
+        phi = values[b].clone()
+        phi[end] = {"zero": 0.0, "hold": phi[end - 1], "value": phi[end]}[terminal]
+        for step in range(mask.shape[1]):
+            if mask[b, step]:
+                psi[b, step] = gamma * phi[step + 1] - phi[step]
+    return psi
+
+
+@pytest.mark.parametrize("terminal", ["zero", "hold", "value"])
+@pytest.mark.parametrize("gamma", [1.0, 0.7])
+def test_shaping_oracle(gamma, terminal):
+    values, _, _, mask = random_rows(1)
+    close(shaping(values, mask, gamma, terminal), shaping_oracle(values, mask, gamma, terminal), 1e-12)
+
+
+@pytest.mark.parametrize("terminal", ["zero", "hold", "value"])
+def test_shaping_never_reads_padding(terminal):
+    """The same rows with 0 and with 17 more columns of NaN and inf: the same psi. So too with NaN in the prompt before s_p."""
+    values, _, _, mask = random_rows(2)
+    for garbage in (float("nan"), float("inf"), -7.0):
+        noisy = F.pad(values, (0, 17), value=garbage)
+        for row, (m, v) in enumerate(zip(mask, noisy)):
+            p, end = int(m.nonzero()[0]), int(m.nonzero()[-1]) + 1
+            v[:p], v[end + 1:] = garbage, garbage
+        psi = shaping(noisy, F.pad(mask, (0, 17)), 1.0, terminal)
+        close(psi[:, :mask.shape[1]], shaping(values, mask, 1.0, terminal), 0)
+        close(psi[:, mask.shape[1]:], torch.zeros(6, 17), 0)
+
+
+def test_shaping_gives_no_gradient():
+    assert not shaping(t(2, 5, 3, 4).view(1, 4).requires_grad_(), ALL).requires_grad
+
+
+# --- tvkd_loss -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("alpha, loss, weight", [
+    (0.0, math.log(3 / 2), 1 / 3),          # margin ln 2: DPO
+    (0.5, LN2, 1 / 2),                      # margin ln 2 - ln 4 / 2 = 0
+    (1.0, LN3, 2 / 3),                      # margin ln 2 - ln 4 = -ln 2: sigmoid 1/3
+])
+def test_tvkd_by_hand(alpha, loss, weight):
+    """beta 1, log-ratios ln 4 and ln 2, summed psi ln 4 and 0. Weight: minus the gradient by log pi(y_w), sigmoid(-margin).
+    With a plus sign alpha 1/2 would give margin ln 4 and loss ln(5/4). No gradient reaches reference or psi."""
+    policy = t(LN4 - 5, LN2 - 6).requires_grad_()
+    ref, psi = t(-5, -6).requires_grad_(), t(LN4, 0).requires_grad_()
+    got = tvkd_loss(policy[:1], policy[1:], ref[:1], ref[1:], psi[:1], psi[1:], 1.0, alpha)
+    close(got, [loss])
+    got.sum().backward()
+    close(policy.grad, [-weight, weight])
+    assert ref.grad is None and psi.grad is None
+
+
+def test_tvkd_beta_scales_log_ratios_and_not_psi():
+    """beta 1/2, alpha 1, log-ratios ln 4 and 0, psi ln 4 and ln 2: margin ln 2 - ln 2 = 0, loss ln 2, gradient -beta/2 = -1/4."""
+    policy = t(LN4, 0).requires_grad_()
+    loss = tvkd_loss(policy[:1], policy[1:], t(0), t(0), t(LN4), t(LN2), 0.5, 1.0)
+    close(loss, [LN2])
+    loss.sum().backward()
+    close(policy.grad, [-1 / 4, 1 / 4])
+
+
+def test_tvkd_extreme_margin():
+    """Log-ratios 0, alpha 1, psi 900 and 0: margin -900, loss 900, gradient -1."""
+    policy = torch.zeros(1, requires_grad=True)
+    loss = tvkd_loss(policy, torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.tensor([900.0]), torch.zeros(1), 1.0, 1.0)
+    close(loss, [900])
+    loss.sum().backward()
+    close(policy.grad, [-1])
+
+
+@pytest.mark.parametrize("alpha", [0.5, 4.0])
+def test_lemma_strict_shaping_is_invisible(alpha):
+    """The prompt's state s_p is the same for both answers; with gamma 1 and terminal "zero" each psi sums to -Phi(s_p), so loss
+    and gradient are DPO's for random values, different lengths and any alpha. With "value" they are not."""
+    generator = torch.Generator().manual_seed(3)
+    values = 10 * torch.randn(2, 8, generator=generator, dtype=torch.double)
+    values[:, 2] = 6.0                                          # V(s_p), s_p = state 2
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0]]).bool()
+    outcomes = {}
+    for terminal in ("zero", "value", None):
+        policy = t(-4, -5).requires_grad_()
+        if terminal is None:
+            loss = dpo_loss(policy[:1], policy[1:], t(-5), t(-4.5), 0.3)
+        else:
+            psi = shaping(values, mask, 1.0, terminal).sum(-1)
+            loss = tvkd_loss(policy[:1], policy[1:], t(-5), t(-4.5), psi[:1], psi[1:], 0.3, alpha)
+        loss.sum().backward()
+        outcomes[terminal] = (loss.detach(), policy.grad)
+    close(outcomes["zero"][0], outcomes[None][0], 1e-12)
+    close(outcomes["zero"][1], outcomes[None][1], 1e-12)
+    assert (outcomes["value"][0] - outcomes[None][0]).abs() > 0.1
+
+
+# --- kd_loss, nll_loss -----------------------------------------------------------------------------------------------------
+
+def test_kd_by_hand():
+    """KL((.5, .5) || (.9, .1)) = .5 ln(.5/.9) + .5 ln(.5/.1) = -.293893 + .804719 = .510826; the other direction is .368064.
+    Two scored states, the second with student = teacher: mean .255413; d/d logits = (student - teacher)/2 = (.2, -.2).
+    The padding state holds NaN."""
+    student = torch.stack([t(.9, .1).log(), t(.5, .5).log(), t(float("nan"), 0), t(0, 0)]).unsqueeze(0).requires_grad_()
+    teacher = torch.stack([t(.5, .5).log(), t(.5, .5).log() + 9, t(0, float("nan")), t(0, 0)]).unsqueeze(0).requires_grad_()
+    close(kd_loss(student[:, [0, 3]], teacher[:, [0, 3]], torch.tensor([[True]])), 0.510826)
+    loss = kd_loss(student, teacher, torch.tensor([[1, 1, 0]]).bool())
+    close(loss, 0.510826 / 2)
+    loss.backward()
+    close(student.grad[0, :2], [[.2, -.2], [0, 0]])
+    assert teacher.grad is None
+
+
+def test_kd_teacher_probability_zero():
+    """Teacher (1, 0), student (1/2, 1/2): KL = ln 2; 0 ln 0 counts as 0."""
+    close(kd_loss(torch.zeros(1, 2, 2), torch.tensor([0.0, -torch.inf]).expand(1, 2, 2), torch.ones(1, 1).bool()), LN2)
+
+
+def test_nll_by_hand():
+    """Rows (-1, -2, [-9]) and ([-9], -6, [-9]): (1 + 2 + 6) / 3 = 3. The mean of row means would be (1.5 + 6) / 2 = 3.75."""
+    logps = t(-1, -2, -9, -9, -6, -9).view(2, 3).requires_grad_()
+    loss = nll_loss(logps, torch.tensor([[1, 1, 0], [0, 1, 0]]).bool())
+    close(loss, 3.0)
+    loss.backward()
+    close(logps.grad, [[-1 / 3, -1 / 3, 0], [0, -1 / 3, 0]])
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------------
+
+one, two = torch.zeros(1), torch.zeros(2)
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: token_logps(torch.zeros(2, 4, 5), torch.zeros(2, 3).long()), r"tokens: expected shape \(2, 4\), got \(2, 3\)"),
+    (lambda: sequence_logps(torch.zeros(2, 3), torch.ones(2, 4)), r"mask: expected shape \(2, 3\), got \(2, 4\)"),
+    (lambda: dpo_loss(two, two, one, two, 1.0), r"ref_chosen: expected shape \(2,\), got \(1,\)"),
+    (lambda: tvkd_loss(two, two, two, two, two, one, 1.0, 1.0), r"psi_rejected: expected shape \(2,\), got \(1,\)"),
+    (lambda: implicit_value(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2, 3), 1.0), r"teacher_ref_logps: expected shape \(2, 3\)"),
+    (lambda: shaping(torch.zeros(1, 3), ALL), r"values: expected shape \(1, 4\), got \(1, 3\)"),
+    (lambda: shaping(torch.zeros(1, 4), ALL, terminal="end"), 'terminal: expected "zero", "hold" or "value", got \'end\''),
+    (lambda: shaping(torch.zeros(1, 4), ~ALL), "at least one response token in every row"),
+    (lambda: kd_loss(torch.zeros(1, 4, 5), torch.zeros(1, 4, 6), ALL), r"teacher_logits: expected shape \(1, 4, 5\), got \(1, 4, 6\)"),
+    (lambda: kd_loss(torch.zeros(1, 4, 5), torch.zeros(1, 4, 5), ~ALL), "at least one response token, got none"),
+    (lambda: nll_loss(torch.zeros(1, 3), ~ALL), "at least one response token, got none"),
+])
+def test_errors_say_what_was_expected(call, said):
+    with pytest.raises(ValueError, match=said):
+        call()
