@@ -23,6 +23,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,20 +76,20 @@ class Config:
     student_width: int = option(48, "channels of the student")
     # training
     batch_size: int = option(64, "pairs (two rows each) in a step of every stage; supervised stages take as many rows", 8)
-    teacher_sft_steps: int = option(400, "steps of the teacher's supervised fine-tuning", 150)
-    teacher_dpo_steps: int = option(94, "steps of the teacher's DPO", 42)
-    student_sft_steps: int = option(600, "steps of the student's supervised fine-tuning", 150)
-    steps: int = option(60, "steps of every method that trains the student", 42)
+    teacher_sft_steps: int = option(400, "steps of the teacher's supervised fine-tuning", 100)
+    teacher_dpo_steps: int = option(94, "steps of the teacher's DPO", 40)
+    student_sft_steps: int = option(600, "steps of the student's supervised fine-tuning", 100)
+    steps: int = option(60, "steps of every method that trains the student", 20)
     teacher_sft_lr: float = option(3e-3, "learning rate of the teacher's supervised fine-tuning")
     teacher_dpo_lr: float = option(3e-4, "learning rate of the teacher's DPO", 1e-4)
     student_sft_lr: float = option(5e-3, "learning rate of the student's supervised fine-tuning")
     lr: float = option(3e-4, "learning rate of the student in dpo and tvkd", 1e-4)
-    distill_lr: float = option(3e-3, "learning rate of the student in bc and kd", 1e-3)
+    distill_lr: float = option(1e-2, "learning rate of the student in bc and kd", 1e-3)
     # measuring
     samples: int = option(4, "sampled responses per held-out prompt, at temperature 1", 1)
-    max_new_tokens: int = option(48, "longest sampled response, in tokens", 200)
+    max_new_tokens: int = option(48, "longest sampled response, in tokens", 128)
     log_interval: int = option(20, "steps between two lines of the log", 10)
-    eval_interval: int = option(20, "steps between two evaluations on the validation prompts", 42)
+    eval_interval: int = option(20, "steps between two evaluations on the validation prompts", 20)
 
     def check(self):
         """Raise UserError naming the first option whose value cannot work."""
@@ -103,7 +104,8 @@ class Config:
             if f.type is float:
                 expect(f.name, math.isfinite(value) and value >= 0, "a number of at least 0")
         for name, known in (("methods", METHODS), ("value", VALUES)):
-            expect(name, getattr(self, name) and set(getattr(self, name)) <= set(known), f"some of {','.join(known)}")
+            chosen = getattr(self, name)
+            expect(name, len(set(chosen)) == len(chosen) and set(chosen) <= set(known), f"some of {','.join(known)}, each once")
         expect("terminal", self.terminal in ("", *TERMINALS), f"one of {', '.join(TERMINALS)}, or nothing")
         expect("train_pairs", self.train_pairs or self.data, "at least 1 on the toy task")
         expect("device", self.device in ("auto", "cpu", "cuda", "mps"), "one of auto, cpu, cuda, mps")
@@ -131,10 +133,14 @@ def parse_args(argv):
     return config
 
 
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
+class Setup(NamedTuple):
+    """What a run of one seed works with."""
+    config: Config
+    seed: int
+    device: torch.device
+    tokenizer: object           # a tiktoken.Encoding
+    texts: data.Splits
+    ids: data.Splits            # the same items as ids, in the same order
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -168,14 +174,13 @@ def cached_logps(model, rows, batch_size, device):
 def cached_values(kind, teacher, teacher_ref, rows, beta, batch_size, device):
     """The teacher's value of every state of every row: a list of float32 tensors, one float per token of the row."""
     values = [None] * len(rows)
-    with evaluating(teacher), evaluating(teacher_ref):
-        for ids, tokens, mask in batches(rows, batch_size, device):
-            if kind == "logits":
-                batch = soft_value(teacher(tokens), beta)                                           # (B, T+1)
-            else:
-                batch = implicit_value(score(teacher, tokens), score(teacher_ref, tokens), mask, beta)
-            for i, value in zip(ids, batch):
-                values[i] = value[:sum(map(len, rows[i]))].clone()                                  # without the padding
+    for ids, tokens, mask in batches(rows, batch_size, device):
+        if kind == "logits":
+            batch = soft_value(teacher(tokens), beta)                                               # (B, T+1)
+        else:
+            batch = implicit_value(score(teacher, tokens), score(teacher_ref, tokens), mask, beta)
+        for i, value in zip(ids, batch):
+            values[i] = value[:sum(map(len, rows[i]))].clone()                                      # without the padding
     return values
 
 
@@ -252,9 +257,10 @@ def preference(model, pairs, ref_logps, beta, device, psi=None, alpha=0.0):
         logps = sequence_logps(score(model, tokens.to(device)), mask.to(device))                   # (2B,)
         four = (*logps.chunk(2), *ref_logps[:, ids])                                               # four of (B,)
         losses = dpo_loss(*four, beta) if psi is None else tvkd_loss(*four, *psi[:, ids], beta, alpha)
-        names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
-        metrics = {name: logps.mean().item() for name, logps in zip(names, four)}
-        return losses.mean(), {**metrics, **margin_metrics(reward_margins(*four, beta))}, tokens.numel()
+        margins = reward_margins(*four, beta)
+        names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "margin", "accuracy")
+        metrics = {name: x.mean().item() for name, x in zip(names, (*four, margins, is_correct(margins)))}
+        return losses.mean(), metrics, tokens.numel()
     return loss_of
 
 
@@ -268,19 +274,18 @@ def reward_margins(policy_chosen, policy_rejected, ref_chosen, ref_rejected, bet
     return beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)).detach()
 
 
-def margin_metrics(margins):
-    """Mean margin; accuracy, the share of pairs with a positive one. A tie counts one half: policy = reference scores 0.5."""
-    return {"margin": margins.mean().item(), "accuracy": ((margins > 0).double() + 0.5 * (margins == 0)).mean().item()}
+def is_correct(margins):
+    """1 where the chosen response has the larger implicit reward, 0 where not, 1/2 for a tie (as at policy = reference): (B,)."""
+    return (margins > 0).double() + 0.5 * (margins == 0)
 
 
-def check_start(loss_of, model, n, alpha_psi):
+def check_start(loss_of, model, ids, alpha_psi):
     """What must hold before a preference run: policy = reference, so the margin is 0 and the loss known; gradient not zero.
 
-    alpha_psi: alpha times (summed psi of the chosen - of the rejected), (pairs,); zeros for DPO, where the loss is ln 2.
+    ids: the pairs to check on; alpha_psi: alpha times (summed psi of the chosen - of the rejected) for each of them, 0 for DPO.
     """
-    ids = list(range(min(n, 64)))
     loss, metrics, _ = loss_of(ids)
-    expected = -F.logsigmoid(-alpha_psi[ids]).mean().item()
+    expected = -F.logsigmoid(-alpha_psi).mean().item()
     gradient = torch.stack([g.norm() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm().item()
     print(f"  step 0 check: loss {loss.item():.4f}, expected {expected:.4f}{' = ln 2' if not alpha_psi.any() else ''}; "
           f"margin {metrics['margin']:.1e}, expected 0; gradient norm {gradient:.3f}, expected not 0")
@@ -292,15 +297,21 @@ def check_start(loss_of, model, n, alpha_psi):
 # Measuring
 
 @torch.no_grad()
-def sample(model, prompts, tokenizer, config, seed, device):
-    """One response to each prompt of ids -> list of ids, with EOS where the model ended it."""
-    generator, eos, responses = torch.Generator(device).manual_seed(seed), tokenizer.eot_token, []
-    for start in range(0, len(prompts), 250):
-        batch = prompts[start:start + 250]
+def sample(model, prompts, setup):
+    """One response at temperature 1 to each prompt of ids -> list of ids, with EOS where the model ended it."""
+    config, eos, responses = setup.config, setup.tokenizer.eot_token, []
+    generator = torch.Generator(setup.device).manual_seed(setup.seed)       # the same draws for every model; training sees none
+    for start in range(0, len(prompts), 4 * config.batch_size):
+        batch = prompts[start:start + 4 * config.batch_size]
         for prompt, ids in zip(batch, model.generate(batch, config.max_new_tokens, eos, generator=generator)):
             ended = len(ids) < config.max_new_tokens and len(prompt) + len(ids) < config.block_size
             responses.append(ids + [eos] if ended else ids)
     return responses
+
+
+def spoken(response, tokenizer):
+    """Response ids -> text, without EOS."""
+    return tokenizer.decode([token for token in response if token != tokenizer.eot_token])
 
 
 @torch.no_grad()
@@ -314,38 +325,37 @@ def policy_kl(model, ref, rows, batch_size, device):
     return total / len(rows)
 
 
-def evaluate(model, ref, texts, pairs, config, samples, beta, tokenizer, seed, device):
-    """Sampled responses and held-out preferences of one model -> (metrics, true reward per prompt or None).
+def evaluate(model, ref, beta, split, samples, setup):
+    """One model on "val" or "test" -> (metrics, {"reward": of each prompt, "pref_acc": 1, 1/2 or 0 of each pair}).
 
-    texts and pairs: the same held-out Pairs as text and as ids; ref and beta: what the model started from, and its own beta.
+    ref and beta: what the model started from and the beta of its implicit reward. `samples` responses to each prompt; the true
+    reward is known on the toy task alone.
     """
+    pairs, config = getattr(setup.ids, split), setup.config
+    four = [logps for m in (model, ref) for logps in cached_logps(m, both_responses(pairs), config.batch_size, setup.device).chunk(2)]
+    margins = reward_margins(*four, beta)
     prompts = [pair.prompt for pair in pairs for _ in range(samples)]
-    responses = sample(model, prompts, tokenizer, config, seed, device)
-    rows = [data.Row(prompt, response) for prompt, response in zip(prompts, responses)]
-    metrics, rewards = {"reward": None}, None
+    responses = sample(model, prompts, setup)
+    each = {"pref_acc": is_correct(margins)}
     if not config.data:
-        spoken = [tokenizer.decode([i for i in response if i != tokenizer.eot_token]) for response in responses]
-        rewards = torch.tensor([data.reward(texts[i // samples].prompt, text) for i, text in enumerate(spoken)], dtype=torch.double)
-        rewards = rewards.view(-1, samples).mean(1)                                                 # (prompts,)
-        metrics["reward"] = rewards.mean().item()
-    held_out = both_responses(pairs)
-    four = [logps for m in (model, ref) for logps in cached_logps(m, held_out, config.batch_size, device).chunk(2)]
-    margins = margin_metrics(reward_margins(*four, beta))
-    return {**metrics, "pref_acc": margins["accuracy"], "pref_margin": margins["margin"],
-            "kl": policy_kl(model, ref, rows, config.batch_size, device),
-            "length": sum(map(len, responses)) / len(responses)}, rewards
+        asked = [pair.prompt for pair in getattr(setup.texts, split) for _ in range(samples)]
+        rewards = [data.reward(prompt, spoken(response, setup.tokenizer)) for prompt, response in zip(asked, responses)]
+        each["reward"] = torch.tensor(rewards, dtype=torch.double).view(-1, samples).mean(1)        # (prompts,)
+    rows = [data.Row(*row) for row in zip(prompts, responses)]
+    return {"reward": None, **{name: x.mean().item() for name, x in each.items()}, "pref_margin": margins.mean().item(),
+            "kl": policy_kl(model, ref, rows, config.batch_size, setup.device), "length": sum(map(len, responses)) / len(responses)}, each
 
 
 def interval(x, t=1.96):
-    """Half-width of a 95% interval of the mean of x, or None for fewer than two."""
+    """Half-width of a 95% interval of the mean of x; None for a single number."""
     return t * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # The pipeline
 
-def prepare(config, seed):
-    """Text -> (Splits of text, Splits of ids, tokenizer); what was cut and what was dropped is printed."""
+def prepare(config, seed, device):
+    """Text -> Setup of one seed; how many prompts were cut and pairs dropped is printed."""
     sizes = (config.train_pairs, config.val_pairs, config.test_pairs)
     texts = data.split_pairs(data.load_pairs(config.data), *sizes, seed) if config.data else data.toy_splits(*sizes, seed)
     tokenizer = data.named_tokenizer(config.tokenizer) if config.tokenizer else data.learn_tokenizer(texts.train, config.vocab_size)
@@ -358,7 +368,19 @@ def prepare(config, seed):
         encoded.append(ids)
         print(f"  {name}: {len(ids)} {'rows' if name == 'sft' else 'pairs'} of {len(items)}; {cut} with the prompt cut from the left, "
               f"{len(items) - len(ids)} dropped because a response does not fit in {config.block_size} tokens")
-    return data.Splits(*kept), data.Splits(*encoded), tokenizer
+    setup = Setup(config, seed, device, tokenizer, data.Splits(*kept), data.Splits(*encoded))
+    if config.student_pairs > len(setup.ids.train):
+        raise UserError(f"--student_pairs: expected at most the {len(setup.ids.train)} training pairs, got {config.student_pairs}")
+    return setup
+
+
+def new_model(who, setup):
+    config = setup.config
+    layers, heads, width = (getattr(config, f"{who}_{size}") for size in ("layers", "heads", "width"))
+    torch.manual_seed(setup.seed)                                           # weights depend on nothing that ran before
+    model = GPT(GPTConfig(setup.tokenizer.n_vocab, config.block_size, layers, heads, width)).to(setup.device)
+    print(f"{who}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    return model
 
 
 def frozen(model):
@@ -367,46 +389,43 @@ def frozen(model):
 
 
 def run(config, seed, folder, log_file, device):
-    """One full pipeline of one seed -> rows of the table. Prints as it goes; weights and tokenizer go to `folder`."""
-    print(f"seed {seed}: data")
-    texts, ids, tokenizer = prepare(config, seed)
-    if not config.tokenizer:
-        data.save_tokenizer(tokenizer, folder / "tokenizer.tiktoken")
+    """One full pipeline of one seed -> (rows of the table, held-out pairs with psi per token).
 
-    def new_model(who):
-        size = {name: getattr(config, f"{who}_{option}") for name, option in
-                (("n_layer", "layers"), ("n_head", "heads"), ("n_embd", "width"))}
-        torch.manual_seed(seed)                                         # weights depend on nothing that ran before
-        model = GPT(GPTConfig(tokenizer.n_vocab, config.block_size, **size)).to(device)
-        print(f"{who}: {sum(p.numel() for p in model.parameters()):,} parameters")
-        return model
+    Prints as it goes; weights and tokenizer go to `folder`.
+    """
+    print(f"seed {seed}")
+    setup = prepare(config, seed, device)
+    ids, size = setup.ids, config.batch_size
+    if not config.tokenizer:
+        data.save_tokenizer(setup.tokenizer, folder / "tokenizer.tiktoken")
 
     def train(stage, model, loss_of, n, steps, lr, ref=None, beta=None):
         """Fit and save; with ref and beta, validate against them on the way."""
         def validate():
-            metrics, _ = evaluate(model, ref, texts.val, ids.val, config, 1, beta, tokenizer, seed, device)
-            return {f"val_{name}": value for name, value in metrics.items()}
+            return {f"val_{name}": value for name, value in evaluate(model, ref, beta, "val", 1, setup)[0].items()}
         fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate if ref else None)
         name = stage.replace(" ", "-").replace("/", "-")
         torch.save({"config": asdict(model.config), "model": model.state_dict()}, folder / f"{name}.pt")
 
-    sft_rows = [[row] for row in ids.sft]
-    teacher = new_model("teacher")
+    # The teacher: supervised fine-tuning, then DPO on all training pairs.
+    sft_rows, all_both = [[row] for row in ids.sft], both_responses(ids.train)
+    teacher = new_model("teacher", setup)
     train("teacher-sft", teacher, supervised(teacher, sft_rows, device), len(sft_rows), config.teacher_sft_steps, config.teacher_sft_lr)
     teacher_ref = frozen(teacher)
-    ref_logps = cached_logps(teacher_ref, both_responses(ids.train), config.batch_size, device).view(2, -1)
+    ref_logps = cached_logps(teacher_ref, all_both, size, device).view(2, -1)                      # (2, all pairs)
     loss_of = preference(teacher, ids.train, ref_logps, config.teacher_beta, device)
-    check_start(loss_of, teacher, len(ids.train), torch.zeros(len(ids.train)))
+    check_start(loss_of, teacher, list(range(len(ids.train)))[:size], torch.zeros(1))
     train("teacher-dpo", teacher, loss_of, len(ids.train), config.teacher_dpo_steps, config.teacher_dpo_lr,
           teacher_ref, config.teacher_beta)
     teacher = frozen(teacher)
 
-    student = new_model("student")
+    # The student every method starts from, which is also its reference.
+    student = new_model("student", setup)
     train("student-sft", student, supervised(student, sft_rows, device), len(sft_rows), config.student_sft_steps, config.student_sft_lr)
     ref = frozen(student)
     pairs = ids.train[:config.student_pairs or None]
     both = both_responses(pairs)
-    ref_logps = cached_logps(ref, both, config.batch_size, device).view(2, -1)                     # (2, pairs)
+    ref_logps = cached_logps(ref, both, size, device).view(2, -1)                                  # (2, pairs)
 
     models = {"teacher": teacher, "sft": ref}
     rows = [{"method": "teacher", "value": None, "terminal": None}, {"method": "sft", "value": None, "terminal": None}]
@@ -414,41 +433,40 @@ def run(config, seed, folder, log_file, device):
         policy, lr = copy.deepcopy(student), config.lr if method in ("dpo", "tvkd") else config.distill_lr
         row = {"method": method, "value": kind, "terminal": kind and (config.terminal or DEFAULT_TERMINAL[kind])}
         if method == "bc":
-            prompts = [row.prompt for row in both]
-            answers = [data.Row(*row) for row in zip(prompts, sample(teacher, prompts, tokenizer, config, seed, device))]
+            prompts = [answer.prompt for answer in both]
+            answers = [data.Row(*answer) for answer in zip(prompts, sample(teacher, prompts, setup))]
             loss_of = supervised(policy, list(zip(answers[:len(pairs)], answers[len(pairs):])), device)
         elif method == "kd":
             loss_of = distillation(policy, teacher, pairs, device)
         else:
-            psi = torch.zeros(2, len(pairs), device=device)
-            if kind:
-                values = cached_values(kind, teacher, teacher_ref, both, config.teacher_beta, config.batch_size, device)
-                psi = cached_psi(values, both, config.gamma, row["terminal"]).sum(-1).float().view(2, -1)
-            loss_of = preference(policy, pairs, ref_logps, config.beta, device, *((psi, config.alpha) if kind else ()))
-            check_start(loss_of, policy, len(pairs), config.alpha * (psi[0] - psi[1]).cpu())
+            psi, alpha = None, 0.0
+            if method == "tvkd":
+                values = cached_values(kind, teacher, teacher_ref, both, config.teacher_beta, size, device)
+                psi = cached_psi(values, both, config.gamma, row["terminal"]).sum(-1).float().view(2, -1)      # (2, pairs)
+                alpha = config.alpha
+            loss_of = preference(policy, pairs, ref_logps, config.beta, device, psi, alpha)
+            first = list(range(len(pairs)))[:size]
+            check_start(loss_of, policy, first, torch.zeros(1) if psi is None else alpha * (psi[0] - psi[1])[first])
         train(label(row), policy, loss_of, len(pairs), config.steps, lr, ref, config.beta)
         models[label(row)] = policy
         rows.append(row)
 
-    rewards = {}
+    each = {}
     for row, (name, model) in zip(rows, models.items()):
         origin, beta = (teacher_ref, config.teacher_beta) if name == "teacher" else (ref, config.beta)
-        metrics, rewards[name] = evaluate(model, origin, texts.test, ids.test, config, config.samples, beta, tokenizer, seed, device)
-        row.update(seed=seed, **metrics, reward_ci=None, vs_dpo=None, vs_dpo_ci=None, pref_n=len(ids.test))
-        row["pref_acc_ci"] = 1.96 * math.sqrt(row["pref_acc"] * (1 - row["pref_acc"]) / row["pref_n"])
-        if rewards[name] is not None:
-            row["reward_ci"] = interval(rewards[name])
+        metrics, each[name] = evaluate(model, origin, beta, "test", config.samples, setup)
+        row.update(seed=seed, pref_n=len(ids.test), reward_ci=None, vs_dpo=None, vs_dpo_ci=None, **metrics)
+        row.update({f"{key}_ci": interval(x) for key, x in each[name].items()})
     for row, name in zip(rows, models):
-        if rewards.get("dpo") is not None and name != "dpo":
-            difference = rewards[name] - rewards["dpo"]                 # (prompts,), paired by prompt
+        if "reward" in each.get("dpo", ()) and name != "dpo":
+            difference = each[name]["reward"] - each["dpo"]["reward"]       # (prompts,), paired by prompt
             row.update(vs_dpo=difference.mean().item(), vs_dpo_ci=interval(difference))
 
-    show_samples(models, texts, ids, tokenizer, config, seed, device)
-    for kind in config.value if "tvkd" in config.methods else ():
-        terminal, pair = config.terminal or DEFAULT_TERMINAL[kind], both_responses(ids.test[:1])
-        values = cached_values(kind, teacher, teacher_ref, pair, config.teacher_beta, 2, device)
-        show_psi(f"{kind}/{terminal}", cached_psi(values, pair, config.gamma, terminal), pair, tokenizer)
-    return rows
+    show_samples(models, setup)
+    shown = [psi_of_pairs(kind, teacher, teacher_ref, setup) for kind in config.value if "tvkd" in config.methods]
+    for pairs in shown:
+        show_psi(pairs[0])
+    return rows, sum(shown, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -458,63 +476,81 @@ def label(row):
     return row["method"] + (f" {row['value']}/{row['terminal']}" if row["value"] else "")
 
 
-def show_samples(models, texts, ids, tokenizer, config, seed, device):
+def show_samples(models, setup):
     """Two sampled answers per model, to the first two held-out prompts."""
-    answers = {name: sample(model, [pair.prompt for pair in ids.test[:2]], tokenizer, config, seed, device)
-               for name, model in models.items()}
-    for i, pair in enumerate(texts.test[:2]):
+    answers = {name: sample(model, [pair.prompt for pair in setup.ids.test[:2]], setup) for name, model in models.items()}
+    for i, pair in enumerate(setup.texts.test[:2]):
         print(f"\nprompt: {pair.prompt.strip()[-300:]}")
         for name, responses in answers.items():
-            text = tokenizer.decode([token for token in responses[i] if token != tokenizer.eot_token]).strip()
-            score = "" if config.data else f"  (reward {data.reward(pair.prompt, text):+.1f})"
-            print(f"  {name:<20} {' '.join(text.split())[:300]}{score}")
+            text = " ".join(spoken(responses[i], setup.tokenizer).split())
+            score = "" if setup.config.data else f"  (reward {data.reward(pair.prompt, text):+.1f})"
+            print(f"  {name:<20} {text[:300]}{score}")
 
 
-def show_psi(name, psi, rows, tokenizer, most=60):
+def psi_of_pairs(kind, teacher, teacher_ref, setup, most=6):
+    """The first held-out pairs, token by token -> list of {"prompt", "value", "terminal", "chosen": {...}, "rejected": {...}}.
+
+    Each response: "tokens" as text, "psi" of each, and "values", V(s) of the states from s_p to s_end (one more than tokens).
+    """
+    config, pairs = setup.config, setup.ids.test[:most]
+    terminal, rows = config.terminal or DEFAULT_TERMINAL[kind], both_responses(pairs)
+    values = cached_values(kind, teacher, teacher_ref, rows, config.teacher_beta, config.batch_size, setup.device)
+    responses = []
+    for row, value, psi in zip(rows, values, cached_psi(values, rows, config.gamma, terminal)):
+        first, end = len(row.prompt) - 1, len(row.prompt) + len(row.response) - 1               # s_p and s_end
+        responses.append({"tokens": [setup.tokenizer.decode([token]) for token in row.response],
+                          "psi": psi[first:end].tolist(), "values": value[first:end + 1].tolist()})
+    return [{"seed": setup.seed, "prompt": text.prompt, "value": kind, "terminal": terminal, "chosen": chosen, "rejected": rejected}
+            for text, chosen, rejected in zip(setup.texts.test, responses, responses[len(pairs):])]
+
+
+BLANK = "\u2423"        # stands for a token of white space
+
+
+def show_psi(pair, most=60):
     """psi of each token of a pair: the token, then what the teacher's value gains (+) or loses (-) by it."""
-    for which, row, values in zip(("chosen", "rejected"), rows, psi):
-        values = values[len(row.prompt) - 1:len(row.prompt) - 1 + len(row.response)].tolist()
-        tokens = [tokenizer.decode([token]).strip() or "\u2423" for token in row.response]
+    for which in ("chosen", "rejected"):
+        tokens, psi = pair[which]["tokens"], pair[which]["psi"]
         more = f" ... and {len(tokens) - most} more" if len(tokens) > most else ""
-        print(f"\npsi per token, {name}, {which} (sum {sum(values):+.2f}):")
-        print("  " + " ".join(f"{token}[{value:+.2f}]" for token, value in list(zip(tokens, values))[:most]) + more)
+        print(f"\npsi per token, {pair['value']}/{pair['terminal']}, {which} (sum {sum(psi):+.2f}):")
+        print("  " + " ".join(f"{token.strip() or BLANK}[{value:+.2f}]" for token, value in list(zip(tokens, psi))[:most]) + more)
 
 
-# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; 1.96 beyond
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101,
-         2.093, 2.086)
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom: a few seeds want wider intervals than 1.96
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110)
 
 
 def table(rows):
     """The comparison table as text: one seed's intervals over prompts, or several seeds' intervals over seeds."""
     seeds = sorted({row["seed"] for row in rows})
-    names = list(dict.fromkeys(label(row) for row in rows))
 
-    def cell(name, key, digits):
-        values = torch.tensor([row[key] for row in rows if label(row) == name and row[key] is not None], dtype=torch.double)
-        if not len(values):
+    def cell(name, key, form):
+        found = [row for row in rows if label(row) == name and row[key] is not None]
+        if not found:
             return "-"
-        if len(seeds) > 1:
-            ci = interval(values, T_975[len(values) - 2] if len(values) - 2 < len(T_975) else 1.96) if len(values) > 1 else None
-        else:
-            ci = next(row for row in rows if label(row) == name).get(f"{key}_ci")
-        sign = "+" if key == "vs_dpo" else ""
-        return f"{values.mean().item():{sign}.{digits}f}" + (f" \u00b1 {ci:.{digits}f}" if ci is not None else "")
+        values = torch.tensor([row[key] for row in found], dtype=torch.double)
+        quantile = T_975[len(seeds) - 2] if len(seeds) - 2 < len(T_975) else 1.96
+        ci = interval(values, quantile) if len(seeds) > 1 else found[0].get(f"{key}_ci")
+        return format(values.mean().item(), form) + ("" if ci is None else " \u00b1 " + format(ci, form.replace("+", "")))
 
-    lines = [f"{'model':<20} {'true reward':>14} {'minus DPO':>15} {'held-out accuracy':>18} {'KL to reference':>16} {'tokens':>7}"]
-    for name in names:
-        lines.append(f"{name:<20} {cell(name, 'reward', 2):>14} {cell(name, 'vs_dpo', 2):>15} {cell(name, 'pref_acc', 3):>18} "
-                     f"{cell(name, 'kl', 2):>16} {cell(name, 'length', 1):>7}")
-    over = f"{len(seeds)} seeds" if len(seeds) > 1 else f"held-out prompts, of one training run (seed {seeds[0]})"
-    return "\n".join([*lines, f"\u00b1: 95% interval over {over}; accuracy on n = {rows[0]['pref_n']} held-out pairs. "
-                      "KL in nats per response, on the model's own samples; the teacher's and its accuracy against its own reference."])
+    columns = (("true reward", "reward", ".2f", 14), ("minus DPO", "vs_dpo", "+.2f", 15), ("held-out accuracy", "pref_acc", ".3f", 18),
+               ("KL to reference", "kl", ".2f", 16), ("tokens", "length", ".1f", 12))
+    lines = [f"{'model':<20} " + " ".join(f"{title:>{width}}" for title, _, _, width in columns)]
+    for name in dict.fromkeys(label(row) for row in rows):
+        lines.append(f"{name:<20} " + " ".join(f"{cell(name, key, form):>{width}}" for _, key, form, width in columns))
+    over = f"over {len(seeds)} seeds" if len(seeds) > 1 else f"over held-out prompts or pairs, of the one run with seed {seeds[0]}"
+    return "\n".join([*lines, f"\u00b1: 95% interval {over}. Accuracy on n = {rows[0]['pref_n']} held-out pairs. KL in nats per response,",
+                      "on the model's own samples. The teacher's reference is the teacher after supervised fine-tuning."])
 
 
 def main(argv=None):
-    started = time.perf_counter()
+    started, rows, pairs = time.perf_counter(), [], []
     try:
         config = parse_args(argv)
-        device, out, rows = pick_device(config.device), Path(config.out), []
+        name = config.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        out = Path(config.out)
         try:
             out.mkdir(parents=True, exist_ok=True)
             log_file = open(out / "log.jsonl", "w", encoding="utf-8")
@@ -523,22 +559,23 @@ def main(argv=None):
         with log_file:
             for seed in range(config.seed, config.seed + config.seeds):
                 (out / f"seed{seed}").mkdir(exist_ok=True)
-                rows += run(config, seed, out / f"seed{seed}", log_file, device)
-                seconds = time.perf_counter() - started
-                made = {"torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads(), "seconds": round(seconds, 1)}
-                text = json.dumps({"config": asdict(config), "rows": rows, "made": made}, indent=1)
+                new_rows, new_pairs = run(config, seed, out / f"seed{seed}", log_file, torch.device(name))
+                rows, pairs = rows + new_rows, pairs + new_pairs
+                made = {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads(),
+                        "seconds": round(time.perf_counter() - started, 1)}
+                text = json.dumps({"config": asdict(config), "rows": rows, "pairs": pairs, "made": made}, indent=1)
                 (out / "results.json").write_text(text + "\n", encoding="utf-8")
                 print(f"\n{table([row for row in rows if row['seed'] == seed])}")
-        if config.seeds > 1:
-            print(f"\nall seeds\n{table(rows)}")
-        print(f"\n{time.perf_counter() - started:.0f} s; rows in {out / 'results.json'}, curves in {out / 'log.jsonl'}")
-        return 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
+    if config.seeds > 1:
+        print(f"\nall seeds\n{table(rows)}")
+    print(f"\n{time.perf_counter() - started:.0f} s; rows in {out / 'results.json'}, curves in {out / 'log.jsonl'}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def run(out, *options):
 
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("default")
+    out = tmp_path_factory.mktemp("default") / "out"
     return out, *run(out)
 
 
@@ -75,15 +76,13 @@ def test_step_0_is_shown(default_run, tmp_path, capsys):
         assert part in shown, part
 
 
-def test_checkpoints_load_and_answer(default_run):
-    """What the README shows: weights and tokenizer read back give a model that answers."""
+def test_readme_snippet_answers(default_run):
+    """The README's own code reads the weights and the tokenizer of a run and prints an answer."""
     out, *_ = default_run
-    tokenizer = data.load_tokenizer(out / "seed0" / "tokenizer.tiktoken")
-    checkpoint = torch.load(out / "seed0" / "dpo.pt", weights_only=True)
-    model = GPT(GPTConfig(**checkpoint["config"]))
-    model.load_weights(checkpoint["model"])
-    [answer] = model.generate([tokenizer.encode_ordinary("Describe the cat: red, small, fast, old.")], 5, tokenizer.eot_token)
-    assert isinstance(tokenizer.decode(answer), str)
+    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=out.parent, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
 
 
 # --- what must be equal, and what must not ---------------------------------------------------------------------------------
@@ -100,8 +99,8 @@ def test_strict_shaping_trains_to_the_same_numbers_as_dpo(default_run, tmp_path)
     assert numbers(run(tmp_path, *only, "--terminal=zero", "--alpha=3")[0]["tvkd implicit/zero"]) == dpo
     assert numbers(run(tmp_path, *only, "--alpha=0")[0]["tvkd implicit/value"]) == dpo
     assert tvkd["pref_margin"] != dpo["pref_margin"]
-    for change in ("--alpha=2", "--beta=0.5", "--gamma=0.5", "--terminal=hold", "--teacher_beta=0.5", "--lr=1e-3", "--seed=1"):
-        row = next(row for name, row in run(tmp_path, *only, change)[0].items() if name.startswith("tvkd"))
+    for change in ("--alpha=2", "--beta=0.5", "--gamma=0.5", "--terminal=hold", "--teacher_beta=0.5"):
+        row = next(row for name, row in run(tmp_path, "--methods=tvkd", "--value=implicit", change)[0].items() if "tvkd" in name)
         assert row["pref_margin"] != tvkd["pref_margin"], change
 
 
@@ -180,17 +179,17 @@ def test_step_0_check_notices_another_reference(setup):
     for source, right in ((ref, True), (teacher, False)):
         loss_of = train.preference(student, pairs, train.cached_logps(source, rows, 8, CPU).view(2, -1), 1.0, CPU)
         if right:
-            train.check_start(loss_of, student, len(pairs), torch.zeros(len(pairs)))
+            train.check_start(loss_of, student, list(range(8)), torch.zeros(1))
         else:
             with pytest.raises(RuntimeError, match="step 0 check failed"):
-                train.check_start(loss_of, student, len(pairs), torch.zeros(len(pairs)))
+                train.check_start(loss_of, student, list(range(8)), torch.zeros(1))
 
 
-def test_margin_metrics_by_hand():
-    """beta 0.1; log-ratios 2 and 0, 0 and 1, 3 and 3: margins 0.2, -0.1, 0; mean 0.0333; accuracy (1 + 0 + 1/2) / 3."""
+def test_margins_by_hand():
+    """beta 0.1; log-ratios 2 and 0, 0 and 1, 3 and 3: margins 0.2, -0.1, 0: right, wrong, a tie."""
     margins = train.reward_margins(torch.tensor([2.0, 0, 3]), torch.tensor([0.0, 1, 3]), torch.zeros(3), torch.zeros(3), 0.1)
     assert margins.tolist() == pytest.approx([0.2, -0.1, 0.0])
-    assert train.margin_metrics(margins) == pytest.approx({"margin": 0.1 / 3, "accuracy": 0.5})
+    assert train.is_correct(margins).tolist() == [1.0, 0.0, 0.5]
 
 
 def test_policy_kl_by_hand(setup):
@@ -276,8 +275,9 @@ def refused(capsys, *options):
     (["--alpha=much"], "invalid float value: 'much'"),
     (["--alpha=nan"], "--alpha: expected a number of at least 0, got nan"),
     (["--beta=-1"], "--beta: expected a number of at least 0, got -1.0"),
-    (["--methods=dpo,ppo"], "--methods: expected some of bc,kd,dpo,tvkd, got ('dpo', 'ppo')"),
+    (["--methods=dpo,ppo"], "--methods: expected some of bc,kd,dpo,tvkd, each once, got ('dpo', 'ppo')"),
     (["--methods="], "--methods: expected some of"),
+    (["--methods=dpo,dpo"], "each once, got ('dpo', 'dpo')"),
     (["--value=q"], "--value: expected some of implicit,logits"),
     (["--terminal=end"], "--terminal: expected one of zero, hold, value"),
     (["--student_width=10"], "--student_width: expected a multiple of --student_heads=4, got 10"),
@@ -285,6 +285,7 @@ def refused(capsys, *options):
     (["--device=tpu"], "--device: expected one of auto, cpu, cuda, mps"),
     (["--train_pairs=0"], "--train_pairs: expected at least 1 on the toy task"),
     (["--train_pairs=100000"], "--train_pairs + --val_pairs + --test_pairs: expected at most 15552"),
+    (["--student_pairs=50", "--train_pairs=40"], "--student_pairs: expected at most the 40 training pairs, got 50"),
     (["--vocab_size=100"], "--vocab_size: expected at least 257"),
     (["--tokenizer=gpt9"], "--tokenizer: expected one of"),
     (["--data=missing.jsonl"], "missing.jsonl: expected a readable JSONL file"),
@@ -341,6 +342,18 @@ def test_imports(name, allowed):
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {module.split(".")[0] for module in found} - sys.stdlib_module_names == {"torch"} | allowed
+
+
+def test_readme_names_exist():
+    """Every test and every option the README names is there; every function of tvkd.py is in its table."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*.py"))
+    for name in re.findall(r"`(test_\w+)`", readme):
+        assert f"def {name}(" in tests, name
+    options = {f.name for f in train.fields(train.Config)} | {"help", "index-url"}
+    assert set(re.findall(r"--([a-z][\w-]+)", readme)) <= options
+    functions = re.findall(r"^def ([a-z]\w+)", (ROOT / "tvkd.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(functions) == 9 and all(f"| `{name}`" in readme or f"`{name}` |" in readme for name in functions)
 
 
 def test_text_files_are_opened_as_utf8():
