@@ -3,6 +3,8 @@
     python train.py                         the toy task: an exact true reward to judge by
     python train.py --data=FILE.jsonl       real preferences, one pair a line (the layouts: data.parse_pair)
     python train.py --help                  every option
+    python train.py --ask=PROMPT            every model of a finished run answers
+    python train.py --score=FILE.jsonl      implicit reward margins of other pairs under every model of a finished run
 
 text -> pairs -> token batch and mask (data.py) -> log-probs and values -> psi -> loss (tvkd.py, on models from model.py) -> table
 
@@ -52,6 +54,8 @@ class Config:
     seed: int = option(0, "seed of everything: toy data, split, weights, order of batches, sampling")
     seeds: int = option(1, "number of full runs, with seeds seed, seed+1, ...")
     device: str = option("auto", "cpu, cuda, mps, or auto for the best of the three that is there")
+    ask: str = option("", "train nothing; answer this prompt with every model that a run with --seed left in --out")
+    score: str = option("", "train nothing; score the pairs of this JSONL file with those models, into scores.jsonl in --out")
     # the loss
     alpha: float = option(1.0, "weight of the teacher's psi in TVKD; 0 is DPO")
     beta: float = option(1.0, "strength of the student's KL penalty, in DPO and TVKD; larger stays closer to the reference", 0.1)
@@ -179,7 +183,7 @@ def cached_values(kind, teacher, teacher_ref, rows, beta, batch_size, device):
             batch = soft_value(teacher(tokens), beta)                                               # (B, T+1)
         else:
             batch = implicit_value(score(teacher, tokens), score(teacher_ref, tokens), mask, beta)
-        for i, value in zip(ids, batch):
+        for i, value in zip(ids, batch.cpu()):
             values[i] = value[:sum(map(len, rows[i]))].clone()                                      # without the padding
     return values
 
@@ -187,11 +191,11 @@ def cached_values(kind, teacher, teacher_ref, rows, beta, batch_size, device):
 def cached_psi(values, rows, gamma, terminal):
     """psi of every action: values, a list of (tokens,) per row, -> (len(rows), T), 0 outside the response.
 
-    In float64: summed in float32, what should cancel (--terminal=zero) would leave rounding errors behind.
+    In float64, on the CPU: summed in float32, what should cancel (--terminal=zero) would leave rounding errors behind.
     """
     _, mask = data.collate(rows)                                                                    # (N, T)
     padded = pad_sequence(values, batch_first=True).double()                                        # (N, T+1)
-    return shaping(padded, mask.to(padded.device), gamma, terminal)
+    return shaping(padded, mask, gamma, terminal)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -276,7 +280,7 @@ def reward_margins(policy_chosen, policy_rejected, ref_chosen, ref_rejected, bet
 
 def is_correct(margins):
     """1 where the chosen response has the larger implicit reward, 0 where not, 1/2 for a tie (as at policy = reference): (B,)."""
-    return (margins > 0).double() + 0.5 * (margins == 0)
+    return (margins > 0) + 0.5 * (margins == 0)
 
 
 def check_start(loss_of, model, ids, alpha_psi):
@@ -404,8 +408,7 @@ def run(config, seed, folder, log_file, device):
         def validate():
             return {f"val_{name}": value for name, value in evaluate(model, ref, beta, "val", 1, setup)[0].items()}
         fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate if ref else None)
-        name = stage.replace(" ", "-").replace("/", "-")
-        torch.save({"config": asdict(model.config), "model": model.state_dict()}, folder / f"{name}.pt")
+        torch.save({"config": asdict(model.config), "model": model.state_dict()}, weights_file(folder, stage))
 
     # The teacher: supervised fine-tuning, then DPO on all training pairs.
     sft_rows, all_both = [[row] for row in ids.sft], both_responses(ids.train)
@@ -442,7 +445,7 @@ def run(config, seed, folder, log_file, device):
             psi, alpha = None, 0.0
             if method == "tvkd":
                 values = cached_values(kind, teacher, teacher_ref, both, config.teacher_beta, size, device)
-                psi = cached_psi(values, both, config.gamma, row["terminal"]).sum(-1).float().view(2, -1)      # (2, pairs)
+                psi = cached_psi(values, both, config.gamma, row["terminal"]).sum(-1).float().view(2, -1).to(device)
                 alpha = config.alpha
             loss_of = preference(policy, pairs, ref_logps, config.beta, device, psi, alpha)
             first = list(range(len(pairs)))[:size]
@@ -462,11 +465,64 @@ def run(config, seed, folder, log_file, device):
             difference = each[name]["reward"] - each["dpo"]["reward"]       # (prompts,), paired by prompt
             row.update(vs_dpo=difference.mean().item(), vs_dpo_ci=interval(difference))
 
-    show_samples(models, setup)
+    show_answers([pair.prompt for pair in setup.texts.test[:2]], [pair.prompt for pair in ids.test[:2]], models, setup)
     shown = [psi_of_pairs(kind, teacher, teacher_ref, setup) for kind in config.value if "tvkd" in config.methods]
     for pairs in shown:
         show_psi(pairs[0])
     return rows, sum(shown, [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Using a finished run
+
+def weights_file(folder, stage):
+    return folder / f"{stage.replace(' ', '-').replace('/', '-')}.pt"
+
+
+def load_run(config, device):
+    """What a run left in --out -> (its Setup without data, models by label, the reference and the beta of each by label)."""
+    folder = Path(config.out) / f"seed{config.seed}"
+
+    def load(stage):
+        checkpoint = torch.load(weights_file(folder, stage), map_location=device, weights_only=True)
+        model = GPT(GPTConfig(**checkpoint["config"]))
+        model.load_weights(checkpoint["model"])
+        return frozen(model.to(device))
+
+    try:
+        results = json.loads((Path(config.out) / "results.json").read_text(encoding="utf-8"))
+        made = Config(**results["config"])
+        tokenizer = data.named_tokenizer(made.tokenizer) if made.tokenizer else data.load_tokenizer(folder / "tokenizer.tiktoken")
+        labels = [label(row) for row in results["rows"] if row["seed"] == config.seed]
+        models = {name: load({"teacher": "teacher-dpo", "sft": "student-sft"}.get(name, name)) for name in labels}
+        origins = {name: (load("teacher-sft"), made.teacher_beta) if name == "teacher" else (models["sft"], made.beta) for name in labels}
+    except OSError as error:
+        raise UserError(f"--out: expected the folder of a finished run with --seed={config.seed}, got {config.out}, "
+                        f"which has no readable {Path(error.filename).name}") from None
+    return Setup(made, config.seed, device, tokenizer, None, None), models, origins
+
+
+def score_pairs(config, setup, models, origins):
+    """The pairs of --score -> scores.jsonl in --out: a line a pair, its implicit reward margin under every model.
+
+    A pair with a response that does not fit the context has null margins.
+    """
+    texts, size = data.load_pairs(config.score), setup.config.batch_size
+    encoded = [data.encode([pair], setup.tokenizer, setup.config.block_size)[1] for pair in texts]
+    both = both_responses([pair for pairs in encoded for pair in pairs])
+    lines = [{"pair": i, "prompt": text.prompt, "margins": dict.fromkeys(models)} for i, text in enumerate(texts)]
+    fitting = [line for line, pairs in zip(lines, encoded) if pairs]
+    print(f"{len(texts)} pairs, {len(texts) - len(fitting)} with a response that does not fit in {setup.config.block_size} tokens")
+    for name, model in models.items():
+        ref, beta = origins[name]
+        four = [logps for m in (model, ref) for logps in cached_logps(m, both, size, setup.device).chunk(2)]
+        margins = reward_margins(*four, beta)
+        for line, margin in zip(fitting, margins.tolist()):
+            line["margins"][name] = margin
+        print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, accuracy {is_correct(margins).mean().item():.3f}")
+    path = Path(config.out) / "scores.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    print(f"margins in {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -476,14 +532,14 @@ def label(row):
     return row["method"] + (f" {row['value']}/{row['terminal']}" if row["value"] else "")
 
 
-def show_samples(models, setup):
-    """Two sampled answers per model, to the first two held-out prompts."""
-    answers = {name: sample(model, [pair.prompt for pair in setup.ids.test[:2]], setup) for name, model in models.items()}
-    for i, pair in enumerate(setup.texts.test[:2]):
-        print(f"\nprompt: {pair.prompt.strip()[-300:]}")
+def show_answers(prompts, ids, models, setup):
+    """One sampled answer of every model to each prompt, given as text and as ids, with its true reward on the toy task."""
+    answers = {name: sample(model, ids, setup) for name, model in models.items()}
+    for i, prompt in enumerate(prompts):
+        print(f"\nprompt: {prompt.strip()[-300:]}")
         for name, responses in answers.items():
             text = " ".join(spoken(responses[i], setup.tokenizer).split())
-            score = "" if setup.config.data else f"  (reward {data.reward(pair.prompt, text):+.1f})"
+            score = "" if setup.config.data else f"  (reward {data.reward(prompt, text):+.1f})"
             print(f"  {name:<20} {text[:300]}{score}")
 
 
@@ -550,6 +606,16 @@ def main(argv=None):
         name = config.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if config.ask or config.score:
+            setup, models, origins = load_run(config, torch.device(name))
+            if config.ask:
+                ids, room = setup.tokenizer.encode_ordinary(config.ask), setup.config.block_size - 1
+                if len(ids) > room:
+                    raise UserError(f"--ask: expected a prompt of at most {room} tokens, got {len(ids)}")
+                show_answers([config.ask], [ids], models, setup)
+            if config.score:
+                score_pairs(config, setup, models, origins)
+            return 0
         out = Path(config.out)
         try:
             out.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,10 @@ Deviations from the paper (why: README, "What holds, and what does not")
 Symbols. B rows; V tokens in the vocabulary; a row `tokens` has T+1 ids: prompt, response, EOS, padding.
     state  s_t = tokens[: t+1]     T+1 of them: logits[:, t] and values[:, t] belong to s_t
     action a_t = tokens[t+1]       T of them:   logps[:, t], psi[:, t] and mask[:, t] belong to a_t
-    mask[:, t] is True where a_t is a response token, EOS included. s_p is the last prompt state, in which the first response
-    action is taken; s_end is the state after EOS. w is the chosen response, l the rejected one.
-Log-probs, values, potentials and rewards are in nats (rewards and values in beta * nats).
+    mask[:, t] is True (or 1) where a_t is a response token, EOS included. s_p is the last prompt state, in which the first
+    response action is taken; s_end is the state after EOS. w is the chosen response, l the rejected one.
+Log-probs and losses are in nats, values, potentials, psi and rewards in beta * nats. Logits in half precision are raised to
+float32, float64 stays. Every function raises ValueError, saying what was expected and what came, where shapes do not match.
 """
 
 import torch
@@ -41,8 +42,7 @@ def _at_least_float32(logits):
 def token_logps(logits, tokens):
     """log pi(a_t|s_t) of every action.
 
-    logits (B, T+1, V), tokens (B, T+1) ids -> (B, T) nats. float16 and bfloat16 logits are raised to float32; float64 stays.
-    Raises ValueError where the first two sizes differ.
+    logits (B, T+1, V), tokens (B, T+1) ids -> (B, T) nats.
 
     Example: tokens [7, 8, 9] give two numbers, log p(8 | 7) from logits[:, 0] and log p(9 | 7, 8) from logits[:, 1].
     """
@@ -79,7 +79,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     """The DPO loss of each pair. Four sequence log-probs (B,) in nats -> (B,) nats.
 
     A larger beta keeps the policy closer to the reference. No gradient reaches the reference. At policy = reference the loss
-    is ln 2. Raises ValueError on mismatched shapes.
+    is ln 2.
     """
     return -F.logsigmoid(_reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta))
 
@@ -129,7 +129,7 @@ def shaping(values, mask, gamma=1.0, terminal="value"):
     """psi of every action: values (B, T+1), mask (B, T) -> (B, T), 0 outside the mask. No gradient flows to the values.
 
     Only states s_p to s_end of each row are read; s_end is found from the mask, so padding of any width and content changes
-    nothing. Raises ValueError for another `terminal`, for mismatched shapes and for a row without a response token.
+    nothing. Raises ValueError for another `terminal` and for a row without a response token.
 
     Example: values (2, 5, 3, 4), mask (1, 1, 1), gamma 1: "zero" (3, -2, -3), "hold" (3, -2, 0), "value" (3, -2, 1).
     """
@@ -161,7 +161,7 @@ def tvkd_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, psi_chos
 
     psi is a constant of the data: no gradient reaches it, so the teacher only re-weights pairs, by
     sigmoid(alpha dpsi - beta dlogratio): up where it sees a larger difference than the student, down where it disagrees with
-    the label. alpha = 0 is DPO. Raises ValueError on mismatched shapes.
+    the label. alpha = 0 is DPO.
     """
     _expect_shape(policy_chosen.shape, psi_chosen=psi_chosen, psi_rejected=psi_rejected)
     margin = _reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
@@ -174,7 +174,7 @@ def tvkd_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, psi_chos
 def kd_loss(student_logits, teacher_logits, mask):
     """KL(teacher || student), summed over the vocabulary, averaged over masked tokens: two (B, T+1, V), mask (B, T) -> nats.
 
-    No gradient reaches the teacher. Raises ValueError where the shapes differ (two vocabularies, say) or the mask is empty.
+    No gradient reaches the teacher. Two vocabularies, that is two sizes V, are refused, and so is an empty mask.
     """
     _expect_shape(student_logits.shape, teacher_logits=teacher_logits)
     _expect_shape((student_logits.shape[0], student_logits.shape[1] - 1), mask=mask)
@@ -185,7 +185,7 @@ def kd_loss(student_logits, teacher_logits, mask):
 
 
 def nll_loss(logps, mask):
-    """-log pi(a_t|s_t), averaged over masked tokens: logps (B, T) nats, mask (B, T) -> nats per token."""
+    """-log pi(a_t|s_t), averaged over masked tokens: logps (B, T) nats, mask (B, T) -> nats per token. Refuses an empty mask."""
     _expect_shape(logps.shape, mask=mask)
     return -logps[_non_empty(mask)].mean()
 

@@ -12,6 +12,8 @@ import random
 import pytest
 import torch
 
+from conftest import close
+from make_exercise import TOGETHER
 from toy_mdp import Tree
 from tvkd import implicit_value, shaping, soft_value, token_logps, tvkd_loss
 
@@ -105,27 +107,28 @@ def logits_of(policy, shift=None):
     return logits
 
 
+@pytest.mark.points(TOGETHER)
 @pytest.mark.parametrize("shift", [None, {"": 3.0, "a": -2.0, "b": 5.0}])
 def test_implicit_value_is_the_soft_value(shift):
     """implicit_value of pi* = V*(s) - V*(""), with r paid at the end: at a ln(2/3), at b ln(4/3), and r(y) - ln 3 at the end.
     A constant c(s) added to the teacher's logits changes nothing."""
     teacher, ref = (token_logps(logits, TOKENS) for logits in (logits_of(PI, shift), logits_of(REF)))
     values = implicit_value(teacher, ref, MASK, 1.0)
-    expected = [[0.0, VALUE[y[0]] - VALUE[""], REWARD[y] - VALUE[""]] for y in TREE.responses]
-    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.double))
-    assert values[0].tolist() == pytest.approx([0.0, ln(2 / 3), 0.0])                          # aa: r - V* = ln 3 - ln 3
+    close(values, [[0.0, VALUE[y[0]] - VALUE[""], REWARD[y] - VALUE[""]] for y in TREE.responses])
+    close(values[0], [0.0, ln(2 / 3), 0.0])                                                    # aa: r - V* = ln 3 - ln 3
 
 
+@pytest.mark.points("soft_value")
 def test_soft_value_of_q_is_the_soft_value_and_moves_with_c():
     """Logits Q/beta with beta log pi_ref folded in: logsumexp = V*(s), ln 3 at the start and ln 2 at a. Adding c(s) moves it by
     c(s) and leaves the policy alone."""
     folded = {step: REF[step] * math.exp(Q[step]) for step in TREE.steps}                      # exp(log pi_ref + Q)
     values = soft_value(logits_of(folded), 1.0)
-    assert values[0, :2].tolist() == pytest.approx([ln(3), ln(2)])
+    close(values[0, :2], [ln(3), ln(2)])
     shift = {"": 3.0, "a": -2.0, "b": 5.0}
     moved = soft_value(logits_of(folded, shift), 1.0)
-    assert (moved - values)[0, :2].tolist() == pytest.approx([3.0, -2.0])
-    torch.testing.assert_close(logits_of(folded, shift).softmax(-1), logits_of(folded).softmax(-1))
+    close((moved - values)[0, :2], [3.0, -2.0])
+    close(logits_of(folded, shift).softmax(-1), logits_of(folded).softmax(-1))
 
 
 # --- a student trained by gradient descent on the exact expected loss ------------------------------------------------------
@@ -157,18 +160,21 @@ def train_student(phi, terminal, alpha, beta):
     return response_logps().exp().tolist()
 
 
+@pytest.mark.points(TOGETHER)
 def test_student_reaches_the_predicted_optimum_zero():
     """terminal "zero": pi* of the unshaped problem, 3 : 1 : 5 : 3, for a potential that is anything but zero."""
-    assert train_student(random_potential(7), "zero", alpha=0.8, beta=1.0) == pytest.approx([3 / 12, 1 / 12, 5 / 12, 3 / 12], abs=1e-6)
+    close(train_student(random_potential(7), "zero", alpha=0.8, beta=1.0), [3 / 12, 1 / 12, 5 / 12, 3 / 12])
 
 
+@pytest.mark.points(TOGETHER)
 def test_student_reaches_the_predicted_optimum_value():
-    """terminal "value", Phi(aa) = ln 2 at the end, alpha 1, beta 1: pi_ref exp(r + Phi) = 6 : 1 : 5 : 3 of 15, as solved above."""
+    """terminal "value", Phi(aa) = ln 2 at the end, alpha 1, beta 1: pi_ref exp(r + Phi) = 6 : 1 : 5 : 3 of 15, as above."""
     phi = {**random_potential(8), "aa": ln(2), "ab": 0.0, "ba": 0.0, "bb": 0.0}
-    assert train_student(phi, "value", alpha=1.0, beta=1.0) == pytest.approx([6 / 15, 1 / 15, 5 / 15, 3 / 15], abs=1e-6)
+    close(train_student(phi, "value", alpha=1.0, beta=1.0), [6 / 15, 1 / 15, 5 / 15, 3 / 15])
 
 
+@pytest.mark.points(TOGETHER)
 def test_student_reaches_the_predicted_optimum_value_with_alpha_and_beta():
     """terminal "value", alpha 2, beta 1/2, Phi(aa) = ln 2, so pi_ref exp((r + 2 Phi) / (1/2)) = (3*4)^2 : 1 : 25 : 9 of 179."""
     phi = {**random_potential(9), "aa": ln(2), "ab": 0.0, "ba": 0.0, "bb": 0.0}
-    assert train_student(phi, "value", alpha=2.0, beta=0.5) == pytest.approx([144 / 179, 1 / 179, 25 / 179, 9 / 179], abs=1e-6)
+    close(train_student(phi, "value", alpha=2.0, beta=0.5), [144 / 179, 1 / 179, 25 / 179, 9 / 179])

@@ -85,6 +85,38 @@ def test_readme_snippet_answers(default_run):
     assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
 
 
+def test_ask(default_run, capsys):
+    """Every model of the run answers, with the true reward beside; the same seed gives the same answers."""
+    out, rows, _ = default_run
+    shown = []
+    for _ in range(2):
+        assert train.main([f"--out={out}", "--ask=Describe the dog: black, tiny, quick, ancient.", "--device=cpu"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "prompt: Describe the dog" in shown[0]
+    assert all(re.search(rf"^  {name} .*\(reward [+-]", shown[0], re.MULTILINE) for name in rows)
+
+
+def test_score(default_run, tmp_path, capsys):
+    """The run's own test pairs, written to a file and scored again: the margins behind pref_margin and pref_acc of its table.
+    One pair more has a response of 200 bytes, which does not fit: null."""
+    out, rows, _ = default_run
+    pairs = [*data.toy_splits(24, 6, 10, 0).test, data.Pair("a", "b", "\u00e9" * 100)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair._asdict()) + "\n" for pair in pairs), encoding="utf-8")
+    assert train.main([f"--out={out}", f"--score={path}", "--device=cpu"]) == 0
+    assert "11 pairs, 1 with a response that does not fit in 64 tokens" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["prompt"] for line in lines] == [pair.prompt for pair in pairs]
+    for name, row in rows.items():
+        *margins, missing = [line["margins"][name] for line in lines]
+        assert missing is None and sum(margins) / 10 == pytest.approx(row["pref_margin"], abs=1e-5)
+        assert sum((m > 0) + (m == 0) / 2 for m in margins) / 10 == pytest.approx(row["pref_acc"])
+
+
+def test_ask_without_a_run(capsys, tmp_path):
+    assert "--out: expected the folder of a finished run with --seed=0" in refused(capsys, f"--out={tmp_path}", "--ask=hi")
+
+
 # --- what must be equal, and what must not ---------------------------------------------------------------------------------
 
 def numbers(row):
@@ -350,7 +382,7 @@ def test_readme_names_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*.py"))
     for name in re.findall(r"`(test_\w+)`", readme):
         assert f"def {name}(" in tests, name
-    options = {f.name for f in train.fields(train.Config)} | {"help", "index-url"}
+    options = {f.name for f in train.fields(train.Config)} | {"help", "index-url", "impl"}
     assert set(re.findall(r"--([a-z][\w-]+)", readme)) <= options
     functions = re.findall(r"^def ([a-z]\w+)", (ROOT / "tvkd.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(functions) == 9 and all(f"| `{name}`" in readme or f"`{name}` |" in readme for name in functions)

@@ -1,6 +1,7 @@
 """tvkd.py against values worked out by hand; the arithmetic stands in each docstring.
 
 Exact: every value and gradient here. Oracles: a double loop for the two functions whose indices are subtle.
+Each test calls the one function it is marked with, so that a wrong one fails no other's tests; "all together" is the rest.
 """
 
 import math
@@ -9,31 +10,36 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import close
+from make_exercise import TOGETHER
 from tvkd import (dpo_loss, implicit_value, kd_loss, nll_loss, sequence_logps, shaping, soft_value, token_logps, tvkd_loss)
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
+points = pytest.mark.points
 
 
 def t(*values):
     return torch.tensor(values, dtype=torch.double)
 
 
-def close(got, expected, tolerance=1e-6):
-    torch.testing.assert_close(torch.as_tensor(got, dtype=torch.double), torch.as_tensor(expected, dtype=torch.double),
-                               atol=tolerance, rtol=0)
-
-
 # --- token_logps, sequence_logps -------------------------------------------------------------------------------------------
 
+@points("token_logps")
 def test_token_logps_shift():
     """Logits of +50 on token (x+1) mod 5 at input x; tokens 0 1 2 3 4: every action has probability 1 to 1e-20. Without the
     shift each would have about -50."""
     tokens = torch.tensor([[0, 1, 2, 3, 4]])
     logits = 50.0 * F.one_hot((tokens + 1) % 5, 5)
-    assert token_logps(logits, tokens).shape == (1, 4)
-    assert token_logps(logits, tokens).min() > -1e-6
+    close(token_logps(logits, tokens), [[0, 0, 0, 0]])
 
 
+@points("sequence_logps")
+def test_sequence_logps_is_a_sum():
+    """Log-probs (-1, -2, -4, -8), mask (0, 1, 1, 0): -2 - 4 = -6 (the mean: -3; over the padding too: -15)."""
+    close(sequence_logps(t(-1, -2, -4, -8).view(1, 4), torch.tensor([[0, 1, 1, 0]]).bool()), [-6])
+
+
+@points(TOGETHER)
 def test_uniform_sequence():
     """V = 5, prompt of 4, response of 2 and EOS: 3 scored actions of ln(1/5) = -1.609438 each; sum -4.828314 (not the mean)."""
     tokens = torch.tensor([[1, 2, 3, 4, 1, 2, 0]])
@@ -41,6 +47,7 @@ def test_uniform_sequence():
     close(sequence_logps(token_logps(torch.zeros(1, 7, 5), tokens), mask), [-4.828314])
 
 
+@points(TOGETHER)
 def test_first_response_token_and_eos_are_scored():
     """Prompt of 4, so the first response action is taken in state 3 (logits[:, 3]); EOS, token 6, in state 5. Logits of states
     0 to 2 (the prompt's) and of state 6 (after EOS) are never read."""
@@ -54,6 +61,7 @@ def test_first_response_token_and_eos_are_scored():
         assert bool(changed) == read, f"state {state}"
 
 
+@points("token_logps")
 def test_token_logps_equals_log_softmax_with_gradient():
     """gather - logsumexp is gather of log_softmax; d log p(a) / d logits = onehot(a) - softmax, at logits (0, ln 3): (-1/4, 1/4)
     for the second action taken, i.e. 1 - 3/4."""
@@ -68,27 +76,34 @@ def test_token_logps_equals_log_softmax_with_gradient():
     close(token_logps(random, tokens), expected)
 
 
-def test_precision():
-    """bfloat16 logits are raised first: 200 tokens sum to within 1e-3 of float64 on the same numbers. float64 stays float64."""
+@points("token_logps")
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_token_logps_precision(half):
+    """Half-precision logits are raised first: 200 tokens sum to within 1e-3 of float64 on the same numbers. float64 stays."""
     generator = torch.Generator().manual_seed(0)
-    logits = (5 * torch.randn(1, 201, 50, generator=generator)).bfloat16()
-    tokens, mask = torch.randint(50, (1, 201), generator=generator), torch.ones(1, 200).bool()
-    low, high = (sequence_logps(token_logps(x, tokens), mask) for x in (logits, logits.double()))
+    logits = (5 * torch.randn(1, 201, 50, generator=generator)).to(half)
+    tokens = torch.randint(50, (1, 201), generator=generator)
+    low, high = token_logps(logits, tokens), token_logps(logits.double(), tokens)
     assert low.dtype == torch.float32 and high.dtype == torch.float64
-    close(low, high, 1e-3)
-    assert soft_value(logits, 1.0).dtype == torch.float32
+    close(low.sum(), high.sum(), 1e-3)
 
 
-def test_padding_garbage_stays_out():
-    """Padding logits of -inf, padding log-probs of NaN: value and gradient of the sum are those of the two real actions."""
+@points("token_logps")
+def test_token_logps_of_garbage_padding():
+    """Padding logits of -inf: value and gradient of the sum of the two real actions; d log p(2) = onehot(2) - 1/5."""
     logits = torch.zeros(1, 4, 5)
     logits[:, 2:] = -torch.inf                                  # state 2 is only acted in by padding
     logits.requires_grad_()
-    logps = sequence_logps(token_logps(logits, torch.tensor([[1, 2, 0, 0]])), torch.tensor([[1, 1, 0]]).bool())
-    close(logps, [2 * math.log(1 / 5)])
-    logps.sum().backward()
+    logps = token_logps(logits, torch.tensor([[1, 2, 0, 0]]))[:, :2].sum()
+    close(logps, 2 * math.log(1 / 5))
+    logps.backward()
     close(logits.grad[0, 2:], torch.zeros(2, 5))
-    close(logits.grad[0, 0], [-.2, -.2, .8, -.2, -.2])          # onehot(token 2) - 1/5
+    close(logits.grad[0, 0], [-.2, -.2, .8, -.2, -.2])
+
+
+@points("sequence_logps")
+def test_sequence_logps_of_garbage_padding():
+    """Padding log-probs of NaN: -1 - 2 = -3, gradient (1, 1, 0)."""
     noisy = torch.tensor([[-1.0, -2.0, float("nan")]], requires_grad=True)
     total = sequence_logps(noisy, torch.tensor([[True, True, False]]))
     close(total, [-3])
@@ -96,8 +111,21 @@ def test_padding_garbage_stays_out():
     close(noisy.grad, [[1, 1, 0]])
 
 
+@points(TOGETHER)
+def test_garbage_padding_stays_out():
+    """Both, one after another: logits of -inf where padding acts, and a mask that leaves it out. 2 ln(1/5)."""
+    logits = torch.zeros(1, 4, 5)
+    logits[:, 2:] = -torch.inf
+    logits.requires_grad_()
+    logps = sequence_logps(token_logps(logits, torch.tensor([[1, 2, 0, 0]])), torch.tensor([[1, 1, 0]]).bool())
+    close(logps, [2 * math.log(1 / 5)])
+    logps.sum().backward()
+    close(logits.grad[0, 2:], torch.zeros(2, 5))
+
+
 # --- dpo_loss --------------------------------------------------------------------------------------------------------------
 
+@points("dpo_loss")
 def test_dpo_by_hand():
     """Policy (-10, -12), reference (-11, -11), beta 0.1: x = 0.1 (1 - (-1)) = 0.2; loss -ln sigmoid(0.2) = 0.598139. The pair
     swapped: x = -0.2, loss 0.798139 = 0.598139 + 0.2. Gradient: -beta sigmoid(-0.2) = -0.1 * 0.450166 for the chosen."""
@@ -111,6 +139,7 @@ def test_dpo_by_hand():
     assert ref.grad is None
 
 
+@points("dpo_loss")
 def test_dpo_theory_case():
     """beta 1, log-ratios ln 4 and ln 2: margin ln 2, sigmoid 2/3, loss ln(3/2), weight 1/3."""
     policy = t(LN4, LN2).requires_grad_()
@@ -120,6 +149,7 @@ def test_dpo_theory_case():
     close(policy.grad, [-1 / 3, 1 / 3])
 
 
+@points("dpo_loss")
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_dpo_at_the_reference(beta):
     """policy = reference: loss ln 2 whatever beta, gradient -beta/2 for the chosen. Not zero: a start, not a plateau."""
@@ -130,6 +160,7 @@ def test_dpo_at_the_reference(beta):
     close(policy.grad, [-beta / 2, beta / 2])
 
 
+@points("dpo_loss")
 def test_dpo_extreme_margins():
     """Margin -900: loss 900, gradient -1 (log(sigmoid(x)) would be -inf). Margin 900: loss 0, gradient 0."""
     for margin, loss, gradient in ((-900.0, 900.0, -1.0), (900.0, 0.0, 0.0)):
@@ -142,6 +173,7 @@ def test_dpo_extreme_margins():
 
 # --- the teacher's value ---------------------------------------------------------------------------------------------------
 
+@points("soft_value")
 def test_soft_value():
     """logsumexp(1, 2, 3) = 3 + ln(1 + 1/e + 1/e^2) = 3.407606. At beta 2 twice that (V = beta logsumexp, not logsumexp/beta).
     Of log-probabilities 0. The theory's tree at state a, logits (ln 1/2 + ln 3, ln 1/2): ln(3/2 + 1/2) = ln 2."""
@@ -152,16 +184,35 @@ def test_soft_value():
     close(soft_value(t(math.log(3 / 2), math.log(1 / 2)), 1.0), LN2)
 
 
+@points("soft_value")
+def test_soft_value_precision():
+    """Half-precision logits are raised first: float32 out; float64 stays."""
+    assert soft_value(torch.zeros(2, 3).bfloat16(), 1.0).dtype == torch.float32
+    assert soft_value(torch.zeros(2, 3).double(), 1.0).dtype == torch.float64
+
+
+@points("soft_value")
 def test_soft_value_is_not_identified():
-    """7t added to all logits of state t: same policy, value up by beta 7t = 14t at beta 2; the implicit value does not move."""
-    logits = torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    shifted = logits + 7 * torch.arange(4).view(1, 4, 1)
-    tokens, mask, ref = torch.tensor([[1, 2, 3, 0]]), torch.ones(1, 3).bool(), torch.zeros(1, 3).double()
+    """7t added to all logits of state t: same policy, value up by beta 7t = 14t at beta 2."""
+    logits, shifted = with_and_without_shift()
     close(shifted.softmax(-1), logits.softmax(-1))
     close(soft_value(shifted, 2.0) - soft_value(logits, 2.0), [[0, 14, 28, 42]])
-    close(implicit_value(token_logps(shifted, tokens), ref, mask, 2.0), implicit_value(token_logps(logits, tokens), ref, mask, 2.0))
 
 
+@points(TOGETHER)
+def test_implicit_value_is_identified():
+    """The same 7t: the implicit value does not move."""
+    tokens, mask, ref = torch.tensor([[1, 2, 3, 0]]), torch.ones(1, 3).bool(), torch.zeros(1, 3).double()
+    before, after = (implicit_value(token_logps(logits, tokens), ref, mask, 2.0) for logits in with_and_without_shift())
+    close(after, before)
+
+
+def with_and_without_shift():
+    logits = torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    return logits, logits + 7 * torch.arange(4).view(1, 4, 1)
+
+
+@points("implicit_value")
 def test_implicit_value_by_hand():
     """Log-ratios (9, 2, -3, NaN), mask (0, 1, 1, 0), beta 2. States 0 and 1 are the prompt's: 0. Then 2*2 = 4, then
     4 + 2*(-3) = -2 at s_end, and -2 on through the padding."""
@@ -193,6 +244,7 @@ def random_rows(seed, rows=6, width=9):
     return values, a, b, mask
 
 
+@points("implicit_value")
 def test_implicit_value_oracle():
     _, teacher, ref, mask = random_rows(0)
     close(implicit_value(teacher, ref, mask, 0.7), implicit_value_oracle(teacher, ref, mask, 0.7), 1e-12)
@@ -203,6 +255,7 @@ def test_implicit_value_oracle():
 ALL = torch.ones(1, 3).bool()
 
 
+@points("shaping")
 @pytest.mark.parametrize("gamma, terminal, psi", [
     (1.0, "zero", [3, -2, -3]),             # 5-2, 3-5, 0-3: sum -2 = -Phi(s_p)
     (1.0, "value", [3, -2, 1]),             # ..., 4-3: sum 2 = Phi(s_end) - Phi(s_p)
@@ -215,10 +268,12 @@ def test_shaping_by_hand(gamma, terminal, psi):
     close(shaping(t(2, 5, 3, 4).view(1, 4), ALL, gamma, terminal), [psi])
 
 
+@points("shaping")
 def test_shaping_default_is_the_undiscounted_value():
     close(shaping(t(2, 5, 3, 4).view(1, 4), ALL), [[3, -2, 1]])
 
 
+@points("shaping")
 def test_discounted_sum_telescopes():
     """gamma 0.9: 2.5 - 0.9*2.3 - 0.81*3 = 2.5 - 2.07 - 2.43 = -2.0 = -Phi(s_p), while the plain sum is -2.8."""
     psi = shaping(t(2, 5, 3, 4).view(1, 4), ALL, 0.9, "zero")[0]
@@ -226,6 +281,7 @@ def test_discounted_sum_telescopes():
     close(psi.sum(), -2.8)
 
 
+@points("shaping")
 def test_gamma_below_one_is_a_length_bias():
     """Constant potential 10, gamma 0.7, terminal 0. Three tokens: -3 -3 -10 = -16. One token: -10. Nothing was learned, and the
     longer answer is shaped down by 6."""
@@ -246,6 +302,7 @@ def shaping_oracle(values, mask, gamma, terminal):
     return psi
 
 
+@points("shaping")
 @pytest.mark.parametrize("terminal", ["zero", "hold", "value"])
 @pytest.mark.parametrize("gamma", [1.0, 0.7])
 def test_shaping_oracle(gamma, terminal):
@@ -253,26 +310,30 @@ def test_shaping_oracle(gamma, terminal):
     close(shaping(values, mask, gamma, terminal), shaping_oracle(values, mask, gamma, terminal), 1e-12)
 
 
+@points("shaping")
 @pytest.mark.parametrize("terminal", ["zero", "hold", "value"])
 def test_shaping_never_reads_padding(terminal):
     """The same rows with 0 and with 17 more columns of NaN and inf: the same psi. So too with NaN in the prompt before s_p."""
     values, _, _, mask = random_rows(2)
+    clean = shaping(values, mask, 1.0, terminal)
     for garbage in (float("nan"), float("inf"), -7.0):
         noisy = F.pad(values, (0, 17), value=garbage)
         for row, (m, v) in enumerate(zip(mask, noisy)):
             p, end = int(m.nonzero()[0]), int(m.nonzero()[-1]) + 1
             v[:p], v[end + 1:] = garbage, garbage
         psi = shaping(noisy, F.pad(mask, (0, 17)), 1.0, terminal)
-        close(psi[:, :mask.shape[1]], shaping(values, mask, 1.0, terminal), 0)
+        close(psi[:, :mask.shape[1]], clean, 0)
         close(psi[:, mask.shape[1]:], torch.zeros(6, 17), 0)
 
 
+@points("shaping")
 def test_shaping_gives_no_gradient():
     assert not shaping(t(2, 5, 3, 4).view(1, 4).requires_grad_(), ALL).requires_grad
 
 
 # --- tvkd_loss -------------------------------------------------------------------------------------------------------------
 
+@points("tvkd_loss")
 @pytest.mark.parametrize("alpha, loss, weight", [
     (0.0, math.log(3 / 2), 1 / 3),          # margin ln 2: DPO
     (0.5, LN2, 1 / 2),                      # margin ln 2 - ln 4 / 2 = 0
@@ -290,6 +351,7 @@ def test_tvkd_by_hand(alpha, loss, weight):
     assert ref.grad is None and psi.grad is None
 
 
+@points("tvkd_loss")
 def test_tvkd_beta_scales_log_ratios_and_not_psi():
     """beta 1/2, alpha 1, log-ratios ln 4 and 0, psi ln 4 and ln 2: margin ln 2 - ln 2 = 0, loss ln 2, gradient -beta/2 = -1/4."""
     policy = t(LN4, 0).requires_grad_()
@@ -299,6 +361,7 @@ def test_tvkd_beta_scales_log_ratios_and_not_psi():
     close(policy.grad, [-1 / 4, 1 / 4])
 
 
+@points("tvkd_loss")
 def test_tvkd_extreme_margin():
     """Log-ratios 0, alpha 1, psi 900 and 0: margin -900, loss 900, gradient -1."""
     policy = torch.zeros(1, requires_grad=True)
@@ -308,6 +371,7 @@ def test_tvkd_extreme_margin():
     close(policy.grad, [-1])
 
 
+@points(TOGETHER)
 @pytest.mark.parametrize("alpha", [0.5, 4.0])
 def test_lemma_strict_shaping_is_invisible(alpha):
     """The prompt's state s_p is the same for both answers; with gamma 1 and terminal "zero" each psi sums to -Phi(s_p), so loss
@@ -333,6 +397,7 @@ def test_lemma_strict_shaping_is_invisible(alpha):
 
 # --- kd_loss, nll_loss -----------------------------------------------------------------------------------------------------
 
+@points("kd_loss")
 def test_kd_by_hand():
     """KL((.5, .5) || (.9, .1)) = .5 ln(.5/.9) + .5 ln(.5/.1) = -.293893 + .804719 = .510826; the other direction is .368064.
     Two scored states, the second with student = teacher: mean .255413; d/d logits = (student - teacher)/2 = (.2, -.2).
@@ -347,11 +412,13 @@ def test_kd_by_hand():
     assert teacher.grad is None
 
 
+@points("kd_loss")
 def test_kd_teacher_probability_zero():
     """Teacher (1, 0), student (1/2, 1/2): KL = ln 2; 0 ln 0 counts as 0."""
     close(kd_loss(torch.zeros(1, 2, 2), torch.tensor([0.0, -torch.inf]).expand(1, 2, 2), torch.ones(1, 1).bool()), LN2)
 
 
+@points("nll_loss")
 def test_nll_by_hand():
     """Rows (-1, -2, [-9]) and ([-9], -6, [-9]): (1 + 2 + 6) / 3 = 3. The mean of row means would be (1.5 + 6) / 2 = 3.75."""
     logps = t(-1, -2, -9, -9, -6, -9).view(2, 3).requires_grad_()
@@ -361,24 +428,64 @@ def test_nll_by_hand():
     close(logps.grad, [[-1 / 3, -1 / 3, 0], [0, -1 / 3, 0]])
 
 
+# --- masks -----------------------------------------------------------------------------------------------------------------
+
+MASKS = [
+    ("sequence_logps", lambda mask: sequence_logps(t(-1, -2, -4).view(1, 3), mask), [-5]),                      # -1 - 4
+    ("implicit_value", lambda mask: implicit_value(t(2, 5, 3).view(1, 3), t(1, 1, 1).view(1, 3), mask, 1.0), [[0, 1, 1, 3]]),
+    ("shaping", lambda mask: shaping(t(2, 5, 3, 4).view(1, 4), mask), [[3, 0, 1]]),                             # 5-2, -, 4-3
+    ("kd_loss", lambda mask: kd_loss(torch.zeros(1, 4, 2), t(0, LN3).repeat(1, 4, 1), mask), .75 * LN3 - LN2),
+    ("nll_loss", lambda mask: nll_loss(t(-1, -9, -4).view(1, 3), mask), 2.5),                                   # (1 + 4) / 2
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float])
+@pytest.mark.parametrize("call, expected", [pytest.param(call, expected, marks=points(name), id=name)
+                                            for name, call, expected in MASKS])
+def test_masks_of_zeros_and_ones(call, expected, dtype):
+    """The mask (1, 0, 1) as bool, int and float. Implicit value: 0, +(2-1), +0, +(3-1). KL((1/4, 3/4) || (1/2, 1/2)) =
+    1/4 ln(1/2) + 3/4 ln(3/2) = 3/4 ln 3 - ln 2."""
+    close(call(torch.tensor([[1, 0, 1]]).to(dtype)), expected)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------------
 
 one, two = torch.zeros(1), torch.zeros(2)
 
 
-@pytest.mark.parametrize("call, said", [
-    (lambda: token_logps(torch.zeros(2, 4, 5), torch.zeros(2, 3).long()), r"tokens: expected shape \(2, 4\), got \(2, 3\)"),
-    (lambda: sequence_logps(torch.zeros(2, 3), torch.ones(2, 4)), r"mask: expected shape \(2, 3\), got \(2, 4\)"),
-    (lambda: dpo_loss(two, two, one, two, 1.0), r"ref_chosen: expected shape \(2,\), got \(1,\)"),
-    (lambda: tvkd_loss(two, two, two, two, two, one, 1.0, 1.0), r"psi_rejected: expected shape \(2,\), got \(1,\)"),
-    (lambda: implicit_value(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2, 3), 1.0), r"teacher_ref_logps: expected shape \(2, 3\)"),
-    (lambda: shaping(torch.zeros(1, 3), ALL), r"values: expected shape \(1, 4\), got \(1, 3\)"),
-    (lambda: shaping(torch.zeros(1, 4), ALL, terminal="end"), 'terminal: expected "zero", "hold" or "value", got \'end\''),
-    (lambda: shaping(torch.zeros(1, 4), ~ALL), "at least one response token in every row"),
-    (lambda: kd_loss(torch.zeros(1, 4, 5), torch.zeros(1, 4, 6), ALL), r"teacher_logits: expected shape \(1, 4, 5\), got \(1, 4, 6\)"),
-    (lambda: kd_loss(torch.zeros(1, 4, 5), torch.zeros(1, 4, 5), ~ALL), "at least one response token, got none"),
-    (lambda: nll_loss(torch.zeros(1, 3), ~ALL), "at least one response token, got none"),
-])
+ERRORS = [
+    ("token_logps", lambda: token_logps(torch.zeros(2, 4, 5), torch.zeros(2, 3).long()),
+     r"tokens: expected shape \(2, 4\), got \(2, 3\)"),
+    ("sequence_logps", lambda: sequence_logps(torch.zeros(2, 3), torch.ones(2, 4)),
+     r"mask: expected shape \(2, 3\), got \(2, 4\)"),
+    ("dpo_loss", lambda: dpo_loss(two, one, two, two, 1.0), r"policy_rejected: expected shape \(2,\), got \(1,\)"),
+    ("dpo_loss", lambda: dpo_loss(two, two, one, two, 1.0), r"ref_chosen: expected shape \(2,\), got \(1,\)"),
+    ("dpo_loss", lambda: dpo_loss(two, two, two, one, 1.0), r"ref_rejected: expected shape \(2,\), got \(1,\)"),
+    ("tvkd_loss", lambda: tvkd_loss(two, one, two, two, two, two, 1.0, 1.0),
+     r"policy_rejected: expected shape \(2,\), got \(1,\)"),
+    ("tvkd_loss", lambda: tvkd_loss(two, two, two, two, one, two, 1.0, 1.0), r"psi_chosen: expected shape \(2,\), got \(1,\)"),
+    ("tvkd_loss", lambda: tvkd_loss(two, two, two, two, two, one, 1.0, 1.0), r"psi_rejected: expected shape \(2,\), got \(1,\)"),
+    ("implicit_value", lambda: implicit_value(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(1, 3), 1.0),
+     r"mask: expected shape \(2, 3\), got \(1, 3\)"),
+    ("implicit_value", lambda: implicit_value(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2, 3), 1.0),
+     r"teacher_ref_logps: expected shape \(2, 3\)"),
+    ("shaping", lambda: shaping(torch.zeros(1, 3), ALL), r"values: expected shape \(1, 4\), got \(1, 3\)"),
+    ("shaping", lambda: shaping(torch.zeros(1, 4), ALL, terminal="end"),
+     'terminal: expected "zero", "hold" or "value", got \'end\''),
+    ("shaping", lambda: shaping(torch.zeros(2, 4), torch.tensor([[1, 0, 0], [0, 0, 0]]).bool()),
+     "at least one response token in every row"),
+    ("kd_loss", lambda: kd_loss(torch.zeros(1, 4, 5), torch.zeros(1, 4, 6), ALL),
+     r"teacher_logits: expected shape \(1, 4, 5\), got \(1, 4, 6\)"),
+    ("kd_loss", lambda: kd_loss(torch.zeros(1, 4, 5), torch.zeros(1, 4, 5), ~ALL), "at least one response token, got none"),
+    ("kd_loss", lambda: kd_loss(torch.zeros(1, 4, 5), torch.zeros(1, 4, 5), torch.ones(1, 4)),
+     r"mask: expected shape \(1, 3\), got \(1, 4\)"),
+    ("nll_loss", lambda: nll_loss(torch.zeros(2, 3), torch.ones(2).bool()), r"mask: expected shape \(2, 3\), got \(2,\)"),
+    ("nll_loss", lambda: nll_loss(torch.zeros(1, 3), ~ALL), "at least one response token, got none"),
+]
+
+
+@pytest.mark.parametrize("call, said", [pytest.param(call, said, marks=points(name), id=f"{name}-{i}")
+                                        for i, (name, call, said) in enumerate(ERRORS)])
 def test_errors_say_what_was_expected(call, said):
     with pytest.raises(ValueError, match=said):
         call()
