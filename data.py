@@ -160,8 +160,8 @@ def parse_pair(record):
     1. {"prompt": "...", "chosen": "...", "rejected": "..."}        joined as they are: no space or newline is put in between
     2. the same three as lists of {"role": "user", "content": "..."} messages
     3. "chosen" and "rejected" as such lists, both beginning with the prompt
-    4. "chosen" and "rejected" as transcripts "\\n\\nHuman: ...\\n\\nAssistant: ..." (as in Anthropic's HH), whose shared turns are
-       the prompt
+    4. "chosen" and "rejected" as transcripts "\\n\\nHuman: ...\\n\\nAssistant: ..." (as in Anthropic's HH), whose shared turns
+       are the prompt
     Layouts 2 to 4 come out alike: every turn as "\\n\\nRole: content", the prompt ending in "\\n\\nAssistant:".
     """
     if not isinstance(record, dict):
@@ -179,7 +179,8 @@ def parse_pair(record):
         turns = _turns("prompt", prompt or [])
         pair = _split_turns(turns + _turns("chosen", chosen), turns + _turns("rejected", rejected))
     else:
-        raise UserError(f"expected {LAYOUTS}; got {', '.join(f'{n} as {type(f).__name__}' for n, f in zip(Pair._fields, fields))}")
+        types = ", ".join(f"{name} as {type(field).__name__}" for name, field in zip(Pair._fields, fields))
+        raise UserError(f"expected {LAYOUTS}; got {types}")
     for name, text in zip(Pair._fields, pair):
         if not text.strip():
             raise UserError(f'expected text in "{name}", got an empty one')
@@ -193,7 +194,8 @@ def parse_pair(record):
 def _turns(name, messages):
     for message in messages:
         if not (isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)):
-            raise UserError(f'expected "{name}" as messages {{"role": {"|".join(ROLES)}, "content": "..."}}, got {str(message)[:60]}')
+            raise UserError(f'expected "{name}" as messages {{"role": {"|".join(ROLES)}, "content": "..."}}, '
+                            f"got {str(message)[:60]}")
     return [f"\n\n{ROLES[message['role']]}: {message['content']}" for message in messages]
 
 
@@ -201,13 +203,15 @@ def _split_turns(chosen, rejected):
     """Two conversations as turns -> Pair. Compared turn by turn: a common prefix of characters would cut into the answers."""
     *prompt, answer = chosen or [""]
     *rejected_prompt, rejected_answer = rejected or [""]
-    if not "".join(prompt) or prompt != rejected_prompt or not answer.startswith(ANSWER) or not rejected_answer.startswith(ANSWER):
-        raise UserError('expected "chosen" and "rejected" to share the prompt and to differ in one last turn, the assistant\'s answer')
+    answered = answer.startswith(ANSWER) and rejected_answer.startswith(ANSWER)
+    if not "".join(prompt) or prompt != rejected_prompt or not answered:
+        raise UserError('expected "chosen" and "rejected" to share the prompt and to differ in one last turn, '
+                        "the assistant's answer")
     return Pair("".join(prompt) + ANSWER, answer.removeprefix(ANSWER), rejected_answer.removeprefix(ANSWER))
 
 
 def split_pairs(pairs, train, val, test, seed):
-    """Splits by prompt: shuffled, `test` pairs (or a few more, so as not to divide a prompt), then `val`, then `train` (0: the rest).
+    """Splits by prompt: shuffled, `test` pairs (a few more rather than divide a prompt), then `val`, then `train` (0: the rest).
 
     Supervised rows are the chosen responses of the training pairs.
     """
@@ -224,7 +228,7 @@ def split_pairs(pairs, train, val, test, seed):
         parts[part] += by_prompt[prompts[i]]
     parts["train"] = parts["train"][:train or None]
     if not parts["train"]:
-        raise UserError(f"--val_pairs + --test_pairs: {val} + {test} take every prompt of the file, expected some left to train on")
+        raise UserError(f"--val_pairs + --test_pairs: expected some prompts of the file left to train on, got {val} + {test}")
     return Splits([Row(pair.prompt, pair.chosen) for pair in parts["train"]], **parts)
 
 
@@ -276,13 +280,14 @@ def named_tokenizer(name):
     except ValueError:
         raise UserError(f"--tokenizer: expected one of {', '.join(tiktoken.list_encoding_names())}, got {name}") from None
     except OSError as error:
-        raise UserError(f"--tokenizer: {name} could not be downloaded ({type(error).__name__}); fetch it once where there is a network "
-                        f"and set TIKTOKEN_CACHE_DIR to the folder that holds it, or leave --tokenizer out") from None
+        raise UserError(f"--tokenizer: {name} could not be downloaded ({type(error).__name__}); fetch it once where there is a "
+                        f"network, and set TIKTOKEN_CACHE_DIR to the folder that holds it, or leave --tokenizer out") from None
 
 
 def save_tokenizer(tokenizer, path):
     """Write a learned vocabulary in tiktoken's own text format: a line `base64(bytes) rank` for each token."""
-    lines = [f"{base64.b64encode(tokenizer.decode_single_token_bytes(rank)).decode()} {rank}\n" for rank in range(tokenizer.eot_token)]
+    tokens = (tokenizer.decode_single_token_bytes(rank) for rank in range(tokenizer.eot_token))
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
     Path(path).write_text("".join(lines), encoding="ascii")
 
 
@@ -336,6 +341,6 @@ def collate(rows):
 
 
 def epochs(n, batch_size, generator):
-    """Endless batches of indices below n: every epoch a new order in which each index stands once; its last batch may be smaller."""
+    """Endless batches of indices below n: each index once an epoch, in a new order; the last batch of one may be smaller."""
     while True:
         yield from torch.randperm(n, generator=generator).split(batch_size)

@@ -21,6 +21,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -34,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 from data import UserError
 from model import GPT, GPTConfig, evaluating
+from report import label, write_report
 from tvkd import dpo_loss, implicit_value, kd_loss, nll_loss, sequence_logps, shaping, soft_value, token_logps, tvkd_loss
 
 METHODS, VALUES, TERMINALS = ("bc", "kd", "dpo", "tvkd"), ("implicit", "logits"), ("zero", "hold", "value")
@@ -60,8 +62,8 @@ class Config:
     alpha: float = option(1.0, "weight of the teacher's psi in TVKD; 0 is DPO")
     beta: float = option(1.0, "strength of the student's KL penalty, in DPO and TVKD; larger stays closer to the reference", 0.1)
     gamma: float = option(1.0, "discount in psi = gamma V(s') - V(s); below 1, the sum of psi is mostly biased by length")
-    value: tuple = option(VALUES, "the teacher's value, a TVKD row each: implicit (from its log-ratios), logits (the paper's form)")
-    terminal: str = option("", "potential of the finished response: zero, hold or value; empty: value for implicit, hold for logits")
+    value: tuple = option(VALUES, "teacher's value, a TVKD row each: implicit (from its log-ratios), logits (the paper's form)")
+    terminal: str = option("", "potential of the finished response: zero, hold, value; empty: value for implicit, else hold")
     teacher_beta: float = option(1.0, "beta of the teacher's own DPO, and so of its value", 0.1)
     # data
     tokenizer: str = option("", "an encoding tiktoken knows, such as gpt2; empty: a vocabulary learned from the training text")
@@ -214,7 +216,8 @@ def fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate=No
     for step in range(1, steps + 1):
         loss, metrics, count = loss_of(next(order).tolist())
         if not loss.isfinite():
-            raise FloatingPointError(f"{stage}: loss {loss.item()} at step {step}; expected a finite number, try a learning rate below {lr}")
+            raise FloatingPointError(f"{stage}: loss {loss.item()} at step {step}; expected a finite number, try a lower "
+                                     f"learning rate than {lr}")
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, 10 * step / steps, 2 - 2 * (step - 1) / steps)
         optimizer.zero_grad(set_to_none=True)
@@ -231,7 +234,8 @@ def fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate=No
         log_file.write(json.dumps({"seed": seed, "stage": stage, "step": step, **metrics}) + "\n")
         log_file.flush()
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
-        print(f"  {stage} {step}/{steps}  {shown}  {tokens / spent:,.0f} tokens/s  {spent / step * (steps - step):.0f} s left", flush=True)
+        left = spent / step * (steps - step)
+        print(f"  {stage} {step}/{steps}  {shown}  {tokens / spent:,.0f} tokens/s  {left:.0f} s left", flush=True)
         since = time.perf_counter()
 
 
@@ -329,6 +333,12 @@ def policy_kl(model, ref, rows, batch_size, device):
     return total / len(rows)
 
 
+def cached_margins(model, ref, beta, pairs, setup):
+    """Implicit reward margin of every pair under one model, in batches: (len(pairs),)."""
+    both, size = both_responses(pairs), setup.config.batch_size
+    return reward_margins(*(logps for m in (model, ref) for logps in cached_logps(m, both, size, setup.device).chunk(2)), beta)
+
+
 def evaluate(model, ref, beta, split, samples, setup):
     """One model on "val" or "test" -> (metrics, {"reward": of each prompt, "pref_acc": 1, 1/2 or 0 of each pair}).
 
@@ -336,8 +346,7 @@ def evaluate(model, ref, beta, split, samples, setup):
     reward is known on the toy task alone.
     """
     pairs, config = getattr(setup.ids, split), setup.config
-    four = [logps for m in (model, ref) for logps in cached_logps(m, both_responses(pairs), config.batch_size, setup.device).chunk(2)]
-    margins = reward_margins(*four, beta)
+    margins = cached_margins(model, ref, beta, pairs, setup)
     prompts = [pair.prompt for pair in pairs for _ in range(samples)]
     responses = sample(model, prompts, setup)
     each = {"pref_acc": is_correct(margins)}
@@ -347,7 +356,8 @@ def evaluate(model, ref, beta, split, samples, setup):
         each["reward"] = torch.tensor(rewards, dtype=torch.double).view(-1, samples).mean(1)        # (prompts,)
     rows = [data.Row(*row) for row in zip(prompts, responses)]
     return {"reward": None, **{name: x.mean().item() for name, x in each.items()}, "pref_margin": margins.mean().item(),
-            "kl": policy_kl(model, ref, rows, config.batch_size, setup.device), "length": sum(map(len, responses)) / len(responses)}, each
+            "kl": policy_kl(model, ref, rows, config.batch_size, setup.device),
+            "length": sum(map(len, responses)) / len(responses)}, each
 
 
 def interval(x, t=1.96):
@@ -362,19 +372,23 @@ def prepare(config, seed, device):
     """Text -> Setup of one seed; how many prompts were cut and pairs dropped is printed."""
     sizes = (config.train_pairs, config.val_pairs, config.test_pairs)
     texts = data.split_pairs(data.load_pairs(config.data), *sizes, seed) if config.data else data.toy_splits(*sizes, seed)
-    tokenizer = data.named_tokenizer(config.tokenizer) if config.tokenizer else data.learn_tokenizer(texts.train, config.vocab_size)
+    if config.tokenizer:
+        tokenizer = data.named_tokenizer(config.tokenizer)
+    else:
+        tokenizer = data.learn_tokenizer(texts.train, config.vocab_size)
     kept, encoded = [], []
     for name, items in texts._asdict().items():
         text, ids, cut = data.encode(items, tokenizer, config.block_size)
         if not ids:
-            raise UserError(f"--block_size: expected room for a prompt and a response of the {name} split, got {config.block_size}")
+            raise UserError(f"--block_size: expected room for a prompt and a response ({name}), got {config.block_size}")
         kept.append(text)
         encoded.append(ids)
-        print(f"  {name}: {len(ids)} {'rows' if name == 'sft' else 'pairs'} of {len(items)}; {cut} with the prompt cut from the left, "
-              f"{len(items) - len(ids)} dropped because a response does not fit in {config.block_size} tokens")
+        print(f"  {name}: {len(ids)} of {len(items)} {'rows' if name == 'sft' else 'pairs'}; {cut} with the prompt cut from the "
+              f"left, {len(items) - len(ids)} dropped because a response does not fit in {config.block_size} tokens")
     setup = Setup(config, seed, device, tokenizer, data.Splits(*kept), data.Splits(*encoded))
     if config.student_pairs > len(setup.ids.train):
-        raise UserError(f"--student_pairs: expected at most the {len(setup.ids.train)} training pairs, got {config.student_pairs}")
+        raise UserError(f"--student_pairs: expected at most the {len(setup.ids.train)} training pairs, "
+                        f"got {config.student_pairs}")
     return setup
 
 
@@ -413,7 +427,8 @@ def run(config, seed, folder, log_file, device):
     # The teacher: supervised fine-tuning, then DPO on all training pairs.
     sft_rows, all_both = [[row] for row in ids.sft], both_responses(ids.train)
     teacher = new_model("teacher", setup)
-    train("teacher-sft", teacher, supervised(teacher, sft_rows, device), len(sft_rows), config.teacher_sft_steps, config.teacher_sft_lr)
+    train("teacher-sft", teacher, supervised(teacher, sft_rows, device), len(sft_rows),
+          config.teacher_sft_steps, config.teacher_sft_lr)
     teacher_ref = frozen(teacher)
     ref_logps = cached_logps(teacher_ref, all_both, size, device).view(2, -1)                      # (2, all pairs)
     loss_of = preference(teacher, ids.train, ref_logps, config.teacher_beta, device)
@@ -424,7 +439,8 @@ def run(config, seed, folder, log_file, device):
 
     # The student every method starts from, which is also its reference.
     student = new_model("student", setup)
-    train("student-sft", student, supervised(student, sft_rows, device), len(sft_rows), config.student_sft_steps, config.student_sft_lr)
+    train("student-sft", student, supervised(student, sft_rows, device), len(sft_rows),
+          config.student_sft_steps, config.student_sft_lr)
     ref = frozen(student)
     pairs = ids.train[:config.student_pairs or None]
     both = both_responses(pairs)
@@ -468,7 +484,7 @@ def run(config, seed, folder, log_file, device):
     show_answers([pair.prompt for pair in setup.texts.test[:2]], [pair.prompt for pair in ids.test[:2]], models, setup)
     shown = [psi_of_pairs(kind, teacher, teacher_ref, setup) for kind in config.value if "tvkd" in config.methods]
     for pairs in shown:
-        show_psi(pairs[0])
+        show_psi(pairs[0], colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     return rows, sum(shown, [])
 
 
@@ -495,7 +511,7 @@ def load_run(config, device):
         tokenizer = data.named_tokenizer(made.tokenizer) if made.tokenizer else data.load_tokenizer(folder / "tokenizer.tiktoken")
         labels = [label(row) for row in results["rows"] if row["seed"] == config.seed]
         models = {name: load({"teacher": "teacher-dpo", "sft": "student-sft"}.get(name, name)) for name in labels}
-        origins = {name: (load("teacher-sft"), made.teacher_beta) if name == "teacher" else (models["sft"], made.beta) for name in labels}
+        origins = dict.fromkeys(labels, (models["sft"], made.beta)) | {"teacher": (load("teacher-sft"), made.teacher_beta)}
     except OSError as error:
         raise UserError(f"--out: expected the folder of a finished run with --seed={config.seed}, got {config.out}, "
                         f"which has no readable {Path(error.filename).name}") from None
@@ -507,16 +523,14 @@ def score_pairs(config, setup, models, origins):
 
     A pair with a response that does not fit the context has null margins.
     """
-    texts, size = data.load_pairs(config.score), setup.config.batch_size
+    texts = data.load_pairs(config.score)
     encoded = [data.encode([pair], setup.tokenizer, setup.config.block_size)[1] for pair in texts]
-    both = both_responses([pair for pairs in encoded for pair in pairs])
+    fits = [pair for pairs in encoded for pair in pairs]
     lines = [{"pair": i, "prompt": text.prompt, "margins": dict.fromkeys(models)} for i, text in enumerate(texts)]
     fitting = [line for line, pairs in zip(lines, encoded) if pairs]
-    print(f"{len(texts)} pairs, {len(texts) - len(fitting)} with a response that does not fit in {setup.config.block_size} tokens")
+    print(f"{len(texts)} pairs, {len(texts) - len(fits)} with a response that does not fit in {setup.config.block_size} tokens")
     for name, model in models.items():
-        ref, beta = origins[name]
-        four = [logps for m in (model, ref) for logps in cached_logps(m, both, size, setup.device).chunk(2)]
-        margins = reward_margins(*four, beta)
+        margins = cached_margins(model, *origins[name], fits, setup)
         for line, margin in zip(fitting, margins.tolist()):
             line["margins"][name] = margin
         print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, accuracy {is_correct(margins).mean().item():.3f}")
@@ -527,10 +541,6 @@ def score_pairs(config, setup, models, origins):
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Showing
-
-def label(row):
-    return row["method"] + (f" {row['value']}/{row['terminal']}" if row["value"] else "")
-
 
 def show_answers(prompts, ids, models, setup):
     """One sampled answer of every model to each prompt, given as text and as ids, with its true reward on the toy task."""
@@ -556,20 +566,26 @@ def psi_of_pairs(kind, teacher, teacher_ref, setup, most=6):
         first, end = len(row.prompt) - 1, len(row.prompt) + len(row.response) - 1               # s_p and s_end
         responses.append({"tokens": [setup.tokenizer.decode([token]) for token in row.response],
                           "psi": psi[first:end].tolist(), "values": value[first:end + 1].tolist()})
-    return [{"seed": setup.seed, "prompt": text.prompt, "value": kind, "terminal": terminal, "chosen": chosen, "rejected": rejected}
-            for text, chosen, rejected in zip(setup.texts.test, responses, responses[len(pairs):])]
+    return [{"seed": setup.seed, "prompt": text.prompt, "value": kind, "terminal": terminal, "chosen": chosen,
+             "rejected": rejected} for text, chosen, rejected in zip(setup.texts.test, responses, responses[len(pairs):])]
 
 
-BLANK = "\u2423"        # stands for a token of white space
+# Backgrounds of a 256-colour terminal, from none to full: the teacher values the answer more (blue) or less (orange).
+MORE, LESS = (231, 189, 153, 117, 75), (231, 230, 223, 216, 208)
 
 
-def show_psi(pair, most=60):
-    """psi of each token of a pair: the token, then what the teacher's value gains (+) or loses (-) by it."""
+def show_psi(pair, colour, most=60):
+    """psi of each token of a pair: the token, tinted where the terminal can, then what the value gains or loses by it."""
+    largest = max(abs(psi) for which in ("chosen", "rejected") for psi in pair[which]["psi"]) or 1.0
     for which in ("chosen", "rejected"):
-        tokens, psi = pair[which]["tokens"], pair[which]["psi"]
+        tokens, values, shown = pair[which]["tokens"], pair[which]["psi"], []
+        for token, psi in zip(tokens[:most], values):
+            token = token.strip() or "\u2423"                               # a sign for white space
+            tint = (MORE if psi > 0 else LESS)[round(4 * abs(psi) / largest)]
+            shown.append((f"\033[38;5;16;48;5;{tint}m{token}\033[0m" if colour else token) + f"[{psi:+.2f}]")
         more = f" ... and {len(tokens) - most} more" if len(tokens) > most else ""
-        print(f"\npsi per token, {pair['value']}/{pair['terminal']}, {which} (sum {sum(psi):+.2f}):")
-        print("  " + " ".join(f"{token.strip() or BLANK}[{value:+.2f}]" for token, value in list(zip(tokens, psi))[:most]) + more)
+        print(f"\npsi per token, {pair['value']}/{pair['terminal']}, {which} (sum {sum(values):+.2f}):")
+        print("  " + " ".join(shown) + more)
 
 
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom: a few seeds want wider intervals than 1.96
@@ -589,14 +605,15 @@ def table(rows):
         ci = interval(values, quantile) if len(seeds) > 1 else found[0].get(f"{key}_ci")
         return format(values.mean().item(), form) + ("" if ci is None else " \u00b1 " + format(ci, form.replace("+", "")))
 
-    columns = (("true reward", "reward", ".2f", 14), ("minus DPO", "vs_dpo", "+.2f", 15), ("held-out accuracy", "pref_acc", ".3f", 18),
-               ("KL to reference", "kl", ".2f", 16), ("tokens", "length", ".1f", 12))
+    columns = (("true reward", "reward", ".2f", 14), ("minus DPO", "vs_dpo", "+.2f", 15),
+               ("held-out accuracy", "pref_acc", ".3f", 18), ("KL to reference", "kl", ".2f", 16),
+               ("tokens", "length", ".1f", 12))
     lines = [f"{'model':<20} " + " ".join(f"{title:>{width}}" for title, _, _, width in columns)]
     for name in dict.fromkeys(label(row) for row in rows):
         lines.append(f"{name:<20} " + " ".join(f"{cell(name, key, form):>{width}}" for _, key, form, width in columns))
-    over = f"over {len(seeds)} seeds" if len(seeds) > 1 else f"over held-out prompts or pairs, of the one run with seed {seeds[0]}"
-    return "\n".join([*lines, f"\u00b1: 95% interval {over}. Accuracy on n = {rows[0]['pref_n']} held-out pairs. KL in nats per response,",
-                      "on the model's own samples. The teacher's reference is the teacher after supervised fine-tuning."])
+    over = f"{len(seeds)} seeds" if len(seeds) > 1 else f"held-out prompts or pairs, of the one run with seed {seeds[0]}"
+    return "\n".join([*lines, f"\u00b1: 95% interval over {over}. Accuracy on n = {rows[0]['pref_n']} held-out pairs.",
+                      "KL in nats per response, on the model's own samples; the teacher's reference is the teacher before DPO."])
 
 
 def main(argv=None):
@@ -629,8 +646,10 @@ def main(argv=None):
                 rows, pairs = rows + new_rows, pairs + new_pairs
                 made = {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads(),
                         "seconds": round(time.perf_counter() - started, 1)}
-                text = json.dumps({"config": asdict(config), "rows": rows, "pairs": pairs, "made": made}, indent=1)
-                (out / "results.json").write_text(text + "\n", encoding="utf-8")
+                results = {"config": asdict(config), "rows": rows, "pairs": pairs, "made": made}
+                (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+                write_report(results, [json.loads(line) for line in log], out / "report.html")
                 print(f"\n{table([row for row in rows if row['seed'] == seed])}")
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -640,7 +659,7 @@ def main(argv=None):
         return 1
     if config.seeds > 1:
         print(f"\nall seeds\n{table(rows)}")
-    print(f"\n{time.perf_counter() - started:.0f} s; rows in {out / 'results.json'}, curves in {out / 'log.jsonl'}")
+    print(f"\n{time.perf_counter() - started:.0f} s; rows in {out / 'results.json'}, pairs and curves in {out / 'report.html'}")
     return 0
 
 
