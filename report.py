@@ -1,12 +1,13 @@
-"""results.json and log.jsonl of train.py -> report.html: psi of every token of some held-out pairs, the table, the curves.
+"""What a run shows: the comparison table and psi per token in the terminal, and both with the training curves as one HTML page.
 
-    python report.py out
+    python report.py out        results.json and log.jsonl of train.py in that folder -> report.html
 
-One file of HTML, CSS and SVG: no script, no library, no network.
+The page is one file of HTML, CSS and SVG: no script, no library, no network.
 """
 
 import json
 import math
+import statistics
 import sys
 from html import escape
 from pathlib import Path
@@ -28,6 +29,76 @@ CURVES = (("loss", ("fine-tuning",), "-log p, nats per token"),              # q
           ("val_reward", ("preference", "distillation"), "true reward on validation prompts"))
 COLOURS = ("#2f81d6", "#c8741a", "#1f9d78", "#c2559a", "#8069d8", "#d9534a", "#84931c", "#8a8a8a")      # on light and on dark
 
+
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom: a few seeds want wider intervals than 1.96
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110)
+# Backgrounds of a 256-colour terminal, from faint to full: the teacher values the answer more (blue) or less (orange)
+MORE, LESS = (189, 153, 117, 75), (230, 223, 216, 208)
+
+
+def label(row):
+    """A row of the table by name: "dpo", "tvkd implicit/value"."""
+    return row["method"] + (f" {row['value']}/{row['terminal']}" if row["value"] else "")
+
+
+def interval(numbers):
+    """Half-width of a 95% interval of the mean, by Student's t; None for a single number."""
+    n = len(numbers)
+    if n < 2:
+        return None
+    return (T_975[n - 2] if n - 2 < len(T_975) else 1.96) * statistics.stdev(numbers) / math.sqrt(n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# In the terminal
+
+def summary(rows, key):
+    """Of one method: mean over its rows and 95% interval, over seeds where there are several; (None, None) where unknown."""
+    known = [row[key] for row in rows if row[key] is not None]
+    if not known:
+        return None, None
+    return statistics.fmean(known), interval(known) if len(rows) > 1 else rows[0].get(f"{key}_ci")
+
+
+def table(rows):
+    """The comparison table as text: one seed's intervals over prompts, or several seeds' intervals over seeds."""
+    seeds, methods = sorted({row["seed"] for row in rows}), {}
+    for row in rows:
+        methods.setdefault(label(row), []).append(row)
+    lines = [f"{'model':<20}" + "".join(f"{title:>18}" for title, _, _ in COLUMNS)]
+    for name, found in methods.items():
+        cells = []
+        for _, key, form in COLUMNS:
+            mean, half = summary(found, key)
+            margin = "" if half is None else f" \u00b1 {half:{form.strip('+')}}"
+            cells.append("-" if mean is None else f"{mean:{form}}{margin}")
+        lines.append(f"{name:<20}" + "".join(f"{cell:>18}" for cell in cells))
+    over = f"{len(seeds)} seeds" if len(seeds) > 1 else f"held-out prompts or pairs, of the one run with seed {seeds[0]}"
+    return "\n".join([*lines, f"\u00b1: 95% interval over {over}. Accuracy on n = {rows[0]['pref_n']} held-out pairs.",
+                      "KL in nats per response, on the model's own samples; the teacher's reference is the teacher before DPO."])
+
+
+def show_psi(pair, colour, width, most=60):
+    """Print psi of each token of a pair, [+0.12] where the teacher's value gains; tokens tinted where the terminal can."""
+    largest = max(abs(psi) for which in ("chosen", "rejected") for psi in pair[which]["psi"]) or 1.0
+    for which in ("chosen", "rejected"):
+        tokens, values = pair[which]["tokens"], pair[which]["psi"]
+        print(f"\npsi per token, {pair['value']}/{pair['terminal']}, {which} (sum {sum(values):+.2f}):")
+        lines, used = [[]], 0
+        for token, psi in zip(tokens[:most], values):
+            token, number, level = token.strip() or "\u2423", f"[{psi:+.2f}]", round(4 * abs(psi) / largest)
+            if used + len(token + number) + 3 > width and lines[-1]:        # wrapped here, as the escape codes have no width
+                lines.append([])
+                used = 0
+            used += len(token + number) + 1
+            tint = f"\033[38;5;16;48;5;{(MORE if psi > 0 else LESS)[level - 1]}m{token}\033[0m" if colour and level else token
+            lines[-1].append(tint + number)
+        more = f" ... and {len(tokens) - most} more" if len(tokens) > most else ""
+        print("\n".join("  " + " ".join(line) for line in lines) + more)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The page
 
 def scale(low, high, start, end):
     """The linear map that takes low to start and high to end."""
@@ -113,11 +184,6 @@ def pairs_html(pairs, gamma):
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # The table. Several seeds: every seed's own number, their mean and their range, and no interval.
-
-def label(row):
-    return row["method"] + (f" {row['value']}/{row['terminal']}" if row["value"] else "")
-
-
 def cell(rows, key, form):
     """The number of one method with its 95% interval; or the mean and range of several seeds, each seed's own on hover."""
     known = {row["seed"]: row[key] for row in rows if row[key] is not None}

@@ -26,6 +26,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 from data import UserError
 from model import GPT, GPTConfig, evaluating
-from report import label, write_report
+from report import interval, label, show_psi, table, write_report
 from tvkd import dpo_loss, implicit_value, kd_loss, nll_loss, sequence_logps, shaping, soft_value, token_logps, tvkd_loss
 
 METHODS, VALUES, TERMINALS = ("bc", "kd", "dpo", "tvkd"), ("implicit", "logits"), ("zero", "hold", "value")
@@ -109,6 +110,7 @@ class Config:
                 expect(f.name, value >= least, f"at least {least}")
             if f.type is float:
                 expect(f.name, math.isfinite(value) and value >= 0, "a number of at least 0")
+                expect(f.name, value > 0 or f.name in ("alpha", "gamma"), "a number above 0")
         for name, known in (("methods", METHODS), ("value", VALUES)):
             chosen = getattr(self, name)
             expect(name, len(set(chosen)) == len(chosen) and set(chosen) <= set(known), f"some of {','.join(known)}, each once")
@@ -360,11 +362,6 @@ def evaluate(model, ref, beta, split, samples, setup):
             "length": sum(map(len, responses)) / len(responses)}, each
 
 
-def interval(x, t=1.96):
-    """Half-width of a 95% interval of the mean of x; None for a single number."""
-    return t * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else None
-
-
 # ---------------------------------------------------------------------------------------------------------------------------
 # The pipeline
 
@@ -475,16 +472,16 @@ def run(config, seed, folder, log_file, device):
         origin, beta = (teacher_ref, config.teacher_beta) if name == "teacher" else (ref, config.beta)
         metrics, each[name] = evaluate(model, origin, beta, "test", config.samples, setup)
         row.update(seed=seed, pref_n=len(ids.test), reward_ci=None, vs_dpo=None, vs_dpo_ci=None, **metrics)
-        row.update({f"{key}_ci": interval(x) for key, x in each[name].items()})
+        row.update({f"{key}_ci": interval(x.tolist()) for key, x in each[name].items()})
     for row, name in zip(rows, models):
         if "reward" in each.get("dpo", ()) and name != "dpo":
             difference = each[name]["reward"] - each["dpo"]["reward"]       # (prompts,), paired by prompt
-            row.update(vs_dpo=difference.mean().item(), vs_dpo_ci=interval(difference))
+            row.update(vs_dpo=difference.mean().item(), vs_dpo_ci=interval(difference.tolist()))
 
     show_answers([pair.prompt for pair in setup.texts.test[:2]], [pair.prompt for pair in ids.test[:2]], models, setup)
     shown = [psi_of_pairs(kind, teacher, teacher_ref, setup) for kind in config.value if "tvkd" in config.methods]
     for pairs in shown:
-        show_psi(pairs[0], colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+        show_psi(pairs[0], colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, width=get_terminal_size().columns)
     return rows, sum(shown, [])
 
 
@@ -568,52 +565,6 @@ def psi_of_pairs(kind, teacher, teacher_ref, setup, most=6):
                           "psi": psi[first:end].tolist(), "values": value[first:end + 1].tolist()})
     return [{"seed": setup.seed, "prompt": text.prompt, "value": kind, "terminal": terminal, "chosen": chosen,
              "rejected": rejected} for text, chosen, rejected in zip(setup.texts.test, responses, responses[len(pairs):])]
-
-
-# Backgrounds of a 256-colour terminal, from none to full: the teacher values the answer more (blue) or less (orange).
-MORE, LESS = (231, 189, 153, 117, 75), (231, 230, 223, 216, 208)
-
-
-def show_psi(pair, colour, most=60):
-    """psi of each token of a pair: the token, tinted where the terminal can, then what the value gains or loses by it."""
-    largest = max(abs(psi) for which in ("chosen", "rejected") for psi in pair[which]["psi"]) or 1.0
-    for which in ("chosen", "rejected"):
-        tokens, values, shown = pair[which]["tokens"], pair[which]["psi"], []
-        for token, psi in zip(tokens[:most], values):
-            token = token.strip() or "\u2423"                               # a sign for white space
-            tint = (MORE if psi > 0 else LESS)[round(4 * abs(psi) / largest)]
-            shown.append((f"\033[38;5;16;48;5;{tint}m{token}\033[0m" if colour else token) + f"[{psi:+.2f}]")
-        more = f" ... and {len(tokens) - most} more" if len(tokens) > most else ""
-        print(f"\npsi per token, {pair['value']}/{pair['terminal']}, {which} (sum {sum(values):+.2f}):")
-        print("  " + " ".join(shown) + more)
-
-
-# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom: a few seeds want wider intervals than 1.96
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110)
-
-
-def table(rows):
-    """The comparison table as text: one seed's intervals over prompts, or several seeds' intervals over seeds."""
-    seeds = sorted({row["seed"] for row in rows})
-
-    def cell(name, key, form):
-        found = [row for row in rows if label(row) == name and row[key] is not None]
-        if not found:
-            return "-"
-        values = torch.tensor([row[key] for row in found], dtype=torch.double)
-        quantile = T_975[len(seeds) - 2] if len(seeds) - 2 < len(T_975) else 1.96
-        ci = interval(values, quantile) if len(seeds) > 1 else found[0].get(f"{key}_ci")
-        return format(values.mean().item(), form) + ("" if ci is None else " \u00b1 " + format(ci, form.replace("+", "")))
-
-    columns = (("true reward", "reward", ".2f", 14), ("minus DPO", "vs_dpo", "+.2f", 15),
-               ("held-out accuracy", "pref_acc", ".3f", 18), ("KL to reference", "kl", ".2f", 16),
-               ("tokens", "length", ".1f", 12))
-    lines = [f"{'model':<20} " + " ".join(f"{title:>{width}}" for title, _, _, width in columns)]
-    for name in dict.fromkeys(label(row) for row in rows):
-        lines.append(f"{name:<20} " + " ".join(f"{cell(name, key, form):>{width}}" for _, key, form, width in columns))
-    over = f"{len(seeds)} seeds" if len(seeds) > 1 else f"held-out prompts or pairs, of the one run with seed {seeds[0]}"
-    return "\n".join([*lines, f"\u00b1: 95% interval over {over}. Accuracy on n = {rows[0]['pref_n']} held-out pairs.",
-                      "KL in nats per response, on the model's own samples; the teacher's reference is the teacher before DPO."])
 
 
 def main(argv=None):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import data
+import report
 import train
 from conftest import ROOT
 from model import GPT, GPTConfig
@@ -242,17 +243,19 @@ def test_psi_in_the_terminal(capsys):
     """psi 2, -1, 0 of a largest 2: levels 4 (more), 2 (less), 0; white space gets a sign; no escape codes without colour."""
     side = {"tokens": [" red", "\n", "x"], "psi": [2.0, -1.0, 0.0], "values": [0.0, 2.0, 1.0, 1.0]}
     pair = {"value": "implicit", "terminal": "value", "chosen": side, "rejected": side}
-    train.show_psi(pair, colour=False)
+    report.show_psi(pair, colour=False, width=80)
     assert "chosen (sum +1.00):\n  red[+2.00] \u2423[-1.00] x[+0.00]\n" in capsys.readouterr().out
-    train.show_psi(pair, colour=True, most=2)
+    report.show_psi(pair, colour=False, width=14)                               # too narrow for two: a line each
+    assert "\n  red[+2.00]\n  \u2423[-1.00]\n  x[+0.00]\n" in capsys.readouterr().out
+    report.show_psi(pair, colour=True, width=80, most=2)
     shown = capsys.readouterr().out
-    assert f"48;5;{train.MORE[4]}mred\033[0m[+2.00]" in shown and f"48;5;{train.LESS[2]}m\u2423" in shown and "and 1 more" in shown
+    assert f"48;5;{report.MORE[3]}mred\033[0m[+2.00]" in shown and f"48;5;{report.LESS[1]}m\u2423" in shown and "and 1 more" in shown
 
 
 def test_interval_by_hand():
-    """1, 2, 3, 4: variance 5/3, standard error sqrt(5/12) = 0.645497; times 1.96 = 1.265174. Of one number: none."""
-    assert train.interval(torch.tensor([1.0, 2, 3, 4])) == pytest.approx(1.265174, abs=1e-5)
-    assert train.interval(torch.tensor([1.0])) is None
+    """1, 2, 3, 4: variance 5/3, standard error sqrt(5/12) = 0.645497; times t = 3.182 (3 degrees) 2.053972. Of one: none."""
+    assert report.interval([1, 2, 3, 4]) == pytest.approx(2.053972, abs=1e-5)
+    assert report.interval([1]) is None
 
 
 def test_table_over_seeds_by_hand():
@@ -260,8 +263,8 @@ def test_table_over_seeds_by_hand():
     rows = [{"method": "dpo", "value": None, "terminal": None, "seed": seed, "reward": reward, "reward_ci": 0.5, "vs_dpo": None,
              "vs_dpo_ci": None, "pref_acc": 0.5, "pref_acc_ci": 0.1, "pref_n": 10, "kl": 0.0, "length": 3.0}
             for seed, reward in ((0, 1.0), (1, 3.0))]
-    assert "2.00 ± 12.71" in train.table(rows) and "2 seeds" in train.table(rows)
-    assert "1.00 ± 0.50" in train.table(rows[:1])
+    assert "2.00 ± 12.71" in report.table(rows) and "2 seeds" in report.table(rows)
+    assert "1.00 ± 0.50" in report.table(rows[:1])
 
 
 # --- real preferences ------------------------------------------------------------------------------------------------------
@@ -317,6 +320,7 @@ def refused(capsys, *options):
     (["--alph=1"], "unrecognized arguments: --alph=1"),
     (["--alpha=much"], "invalid float value: 'much'"),
     (["--alpha=nan"], "--alpha: expected a number of at least 0, got nan"),
+    (["--beta=0"], "--beta: expected a number above 0, got 0.0"),
     (["--beta=-1"], "--beta: expected a number of at least 0, got -1.0"),
     (["--methods=dpo,ppo"], "--methods: expected some of bc,kd,dpo,tvkd, each once, got ('dpo', 'ppo')"),
     (["--methods="], "--methods: expected some of"),
