@@ -3,8 +3,8 @@
 A text item is a Row (prompt, response) for supervised fine-tuning or a Pair (prompt, chosen, rejected) for preferences; `encode`
 turns either into the same tuple of token ids, and `collate` turns rows of ids into a batch:
 
-    tokens (B, T+1) ids, right-padded     D e s c r i b e ... .   T h e ... .  EOS  pad pad
-    mask   (B, T)   bool, of actions                 0 0 ... 0    1 1 ... 1     1    0
+    tokens (B, T+1) ids, right-padded    e.g. [[5, 6, 7, 0], [5, 0, 0, 0]]: prompts 5 6 and 5, responses 7 EOS and EOS, EOS = 0
+    mask   (B, T)   bool, of actions          [[0, 1, 1],    [1, 0, 0]]     action t is tokens[t+1]
 
 Prompt and response are tokenised apart and joined as ids, so that no merge crosses the border between them. EOS is appended as
 an id, once, and is scored. Left out: streaming, chat templates of particular models.
@@ -169,8 +169,11 @@ def parse_pair(record):
     fields = [record.get(name) for name in Pair._fields]
     prompt, chosen, rejected = fields
     for name, field in zip(Pair._fields, fields):
-        if field is None and not (name == "prompt" and name not in record):
+        # A prompt may be missing where the responses begin with it, as in transcripts.
+        if field is None and (name != "prompt" or isinstance(chosen, str) and "\n\nHuman:" not in f"{chosen}{rejected}"):
             raise UserError(f'expected a field "{name}"; a pair is {LAYOUTS}')
+    if isinstance(prompt, (str, list)) and prompt and all(_begins_with(response, prompt) for response in (chosen, rejected)):
+        raise UserError('expected the prompt once: in "prompt", or at the start of "chosen" and "rejected"')
     if all(isinstance(field, str) for field in fields):
         pair = Pair(*fields)
     elif prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
@@ -191,9 +194,17 @@ def parse_pair(record):
     return pair
 
 
+def _begins_with(response, prompt):
+    """Whether a response repeats its prompt: a conversation its first turns, a transcript its first characters."""
+    if isinstance(prompt, str):
+        return "\n\nHuman:" in prompt and isinstance(response, str) and response.startswith(prompt)
+    return isinstance(response, list) and response[:len(prompt)] == prompt
+
+
 def _turns(name, messages):
     for message in messages:
-        if not (isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)):
+        known = isinstance(message, dict) and message.get("role") in list(ROLES)          # a list: a role may not be hashable
+        if not (known and isinstance(message.get("content"), str)):
             raise UserError(f'expected "{name}" as messages {{"role": {"|".join(ROLES)}, "content": "..."}}, '
                             f"got {str(message)[:60]}")
     return [f"\n\n{ROLES[message['role']]}: {message['content']}" for message in messages]
@@ -217,7 +228,7 @@ def split_pairs(pairs, train, val, test, seed):
     """
     if len(pairs) < (train or 1) + val + test:
         raise UserError(f"--train_pairs + --val_pairs + --test_pairs: expected at most the {len(pairs)} pairs of the file, "
-                        f"got {train or 'at least 1'} + {val} + {test}")
+                        f"got {train or 'at least 1'} + {val} + {test}; try smaller --val_pairs and --test_pairs")
     by_prompt = {}
     for pair in pairs:
         by_prompt.setdefault(pair.prompt, []).append(pair)

@@ -30,7 +30,7 @@ CURVES = (("loss", ("fine-tuning",), "-log p, nats per token"),              # q
 COLOURS = ("#2f81d6", "#c8741a", "#1f9d78", "#c2559a", "#8069d8", "#d9534a", "#84931c", "#8a8a8a")      # on light and on dark
 
 
-# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom: a few seeds want wider intervals than 1.96
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom: few seeds want wider intervals than 1.96
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110)
 # Backgrounds of a 256-colour terminal, from faint to full: the teacher values the answer more (blue) or less (orange)
 MORE, LESS = (189, 153, 117, 75), (230, 223, 216, 208)
@@ -43,10 +43,11 @@ def label(row):
 
 def interval(numbers):
     """Half-width of a 95% interval of the mean, by Student's t; None for a single number."""
-    n = len(numbers)
-    if n < 2:
+    freedom = len(numbers) - 1
+    if freedom < 1:
         return None
-    return (T_975[n - 2] if n - 2 < len(T_975) else 1.96) * statistics.stdev(numbers) / math.sqrt(n)
+    t = T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.4 / freedom              # right to 0.01
+    return t * statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -65,10 +66,11 @@ def table(rows):
     seeds, methods = sorted({row["seed"] for row in rows}), {}
     for row in rows:
         methods.setdefault(label(row), []).append(row)
-    lines = [f"{'model':<20}" + "".join(f"{title:>18}" for title, _, _ in COLUMNS)]
+    columns = [column for column in COLUMNS if any(row[column[1]] is not None for row in rows)]     # no reward on real data
+    lines = [f"{'model':<20}" + "".join(f"{title:>18}" for title, _, _ in columns)]
     for name, found in methods.items():
         cells = []
-        for _, key, form in COLUMNS:
+        for _, key, form in columns:
             mean, half = summary(found, key)
             margin = "" if half is None else f" \u00b1 {half:{form.strip('+')}}"
             cells.append("-" if mean is None else f"{mean:{form}}{margin}")

@@ -115,6 +115,7 @@ class Config:
             chosen = getattr(self, name)
             expect(name, len(set(chosen)) == len(chosen) and set(chosen) <= set(known), f"some of {','.join(known)}, each once")
         expect("terminal", self.terminal in ("", *TERMINALS), f"one of {', '.join(TERMINALS)}, or nothing")
+        expect("seed", self.seed + self.seeds < 2 ** 63, "a smaller number")
         expect("train_pairs", self.train_pairs or self.data, "at least 1 on the toy task")
         expect("device", self.device in ("auto", "cpu", "cuda", "mps"), "one of auto, cpu, cuda, mps")
         for who in ("teacher", "student"):
@@ -135,10 +136,24 @@ def parse_args(argv):
         parser.add_argument(f"--{f.name}", type=(lambda s: tuple(s.split(","))) if f.type is tuple else f.type,
                             default=argparse.SUPPRESS, metavar=f.name.upper(), help=f"{f.metadata['help']} ({shown})")
     given = vars(parser.parse_args(argv))
+    for name in ("data", "ask", "score", "out"):
+        if given.get(name) == "":                                           # an unset shell variable, most likely
+            parser.error(f"--{name}: expected a value, got an empty one")
+    unused = set(given) - {"ask", "score", "out", "seed", "device"}
+    if unused and ("ask" in given or "score" in given):
+        parser.error(f"--{min(unused)}: expected only --out, --seed and --device beside --ask and --score")
     defaults = {f.name: f.metadata["with_data"] for f in fields(Config)} if given.get("data") else {}
     config = Config(**{**defaults, **given})
     config.check()
     return config
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    elif name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device: expected one this machine has, got {name}")
+    return torch.device(name)
 
 
 class Setup(NamedTuple):
@@ -285,7 +300,10 @@ def reward_margins(policy_chosen, policy_rejected, ref_chosen, ref_rejected, bet
 
 
 def is_correct(margins):
-    """1 where the chosen response has the larger implicit reward, 0 where not, 1/2 for a tie (as at policy = reference): (B,)."""
+    """1 where the chosen response has the larger implicit reward, 0 where not, 1/2 for a tie: (B,).
+
+    A model against itself ties; a policy at step 1 against cached log-probs does so only up to rounding.
+    """
     return (margins > 0) + 0.5 * (margins == 0)
 
 
@@ -310,7 +328,7 @@ def check_start(loss_of, model, ids, alpha_psi):
 def sample(model, prompts, setup):
     """One response at temperature 1 to each prompt of ids -> list of ids, with EOS where the model ended it."""
     config, eos, responses = setup.config, setup.tokenizer.eot_token, []
-    generator = torch.Generator(setup.device).manual_seed(setup.seed)       # the same draws for every model; training sees none
+    generator = torch.Generator(setup.device).manual_seed(setup.seed)       # its own: the order of batches is not moved by it
     for start in range(0, len(prompts), 4 * config.batch_size):
         batch = prompts[start:start + 4 * config.batch_size]
         for prompt, ids in zip(batch, model.generate(batch, config.max_new_tokens, eos, generator=generator)):
@@ -366,26 +384,28 @@ def evaluate(model, ref, beta, split, samples, setup):
 # The pipeline
 
 def prepare(config, seed, device):
-    """Text -> Setup of one seed; how many prompts were cut and pairs dropped is printed."""
+    """Text -> Setup of one seed; how many prompts were cut and pairs dropped is printed, once nothing is left to refuse."""
     sizes = (config.train_pairs, config.val_pairs, config.test_pairs)
     texts = data.split_pairs(data.load_pairs(config.data), *sizes, seed) if config.data else data.toy_splits(*sizes, seed)
     if config.tokenizer:
         tokenizer = data.named_tokenizer(config.tokenizer)
     else:
         tokenizer = data.learn_tokenizer(texts.train, config.vocab_size)
-    kept, encoded = [], []
+    kept, encoded, lines = [], [], [f"seed {seed}"]
     for name, items in texts._asdict().items():
         text, ids, cut = data.encode(items, tokenizer, config.block_size)
         if not ids:
             raise UserError(f"--block_size: expected room for a prompt and a response ({name}), got {config.block_size}")
         kept.append(text)
         encoded.append(ids)
-        print(f"  {name}: {len(ids)} of {len(items)} {'rows' if name == 'sft' else 'pairs'}; {cut} with the prompt cut from the "
-              f"left, {len(items) - len(ids)} dropped because a response does not fit in {config.block_size} tokens")
+        what, dropped = "rows" if name == "sft" else "pairs", len(items) - len(ids)
+        lines.append(f"  {name}: {len(ids)} of {len(items)} {what}; {cut} with the prompt cut from the left, {dropped} dropped "
+                     f"because a response does not fit in {config.block_size} tokens")
     setup = Setup(config, seed, device, tokenizer, data.Splits(*kept), data.Splits(*encoded))
     if config.student_pairs > len(setup.ids.train):
         raise UserError(f"--student_pairs: expected at most the {len(setup.ids.train)} training pairs, "
                         f"got {config.student_pairs}")
+    print("\n".join(lines))
     return setup
 
 
@@ -403,14 +423,12 @@ def frozen(model):
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def run(config, seed, folder, log_file, device):
+def run(setup, folder, log_file):
     """One full pipeline of one seed -> (rows of the table, held-out pairs with psi per token).
 
     Prints as it goes; weights and tokenizer go to `folder`.
     """
-    print(f"seed {seed}")
-    setup = prepare(config, seed, device)
-    ids, size = setup.ids, config.batch_size
+    config, seed, device, ids, size = setup.config, setup.seed, setup.device, setup.ids, setup.config.batch_size
     if not config.tokenizer:
         data.save_tokenizer(setup.tokenizer, folder / "tokenizer.tiktoken")
 
@@ -480,8 +498,8 @@ def run(config, seed, folder, log_file, device):
 
     show_answers([pair.prompt for pair in setup.texts.test[:2]], [pair.prompt for pair in ids.test[:2]], models, setup)
     shown = [psi_of_pairs(kind, teacher, teacher_ref, setup) for kind in config.value if "tvkd" in config.methods]
-    for pairs in shown:
-        show_psi(pairs[0], colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, width=get_terminal_size().columns)
+    for of_kind in shown:
+        show_psi(of_kind[0], colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, width=get_terminal_size().columns)
     return rows, sum(shown, [])
 
 
@@ -509,10 +527,22 @@ def load_run(config, device):
         labels = [label(row) for row in results["rows"] if row["seed"] == config.seed]
         models = {name: load({"teacher": "teacher-dpo", "sft": "student-sft"}.get(name, name)) for name in labels}
         origins = dict.fromkeys(labels, (models["sft"], made.beta)) | {"teacher": (load("teacher-sft"), made.teacher_beta)}
-    except OSError as error:
-        raise UserError(f"--out: expected the folder of a finished run with --seed={config.seed}, got {config.out}, "
-                        f"which has no readable {Path(error.filename).name}") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"--out: expected the folder of a finished run with --seed={config.seed}, got {config.out}: "
+                        f"{' '.join(str(error).split())[:200]}") from None
     return Setup(made, config.seed, device, tokenizer, None, None), models, origins
+
+
+def use_run(config, device):
+    """--ask and --score."""
+    setup, models, origins = load_run(config, device)
+    if config.ask:
+        ids, room = setup.tokenizer.encode_ordinary(config.ask), setup.config.block_size - 1
+        if len(ids) > room:
+            raise UserError(f"--ask: expected a prompt of at most {room} tokens, got {len(ids)}")
+        show_answers([config.ask], [ids], models, setup)
+    if config.score:
+        score_pairs(config, setup, models, origins)
 
 
 def score_pairs(config, setup, models, origins):
@@ -521,11 +551,15 @@ def score_pairs(config, setup, models, origins):
     A pair with a response that does not fit the context has null margins.
     """
     texts = data.load_pairs(config.score)
-    encoded = [data.encode([pair], setup.tokenizer, setup.config.block_size)[1] for pair in texts]
+    found = [data.encode([pair], setup.tokenizer, setup.config.block_size) for pair in texts]
+    encoded, cut = [ids for _, ids, _ in found], sum(cut for _, _, cut in found)
     fits = [pair for pairs in encoded for pair in pairs]
     lines = [{"pair": i, "prompt": text.prompt, "margins": dict.fromkeys(models)} for i, text in enumerate(texts)]
     fitting = [line for line, pairs in zip(lines, encoded) if pairs]
-    print(f"{len(texts)} pairs, {len(texts) - len(fits)} with a response that does not fit in {setup.config.block_size} tokens")
+    if not fits:
+        raise UserError(f"--score: expected a pair that fits in {setup.config.block_size} tokens in {config.score}, got none")
+    print(f"{len(texts)} pairs; {cut} with the prompt cut from the left, {len(texts) - len(fits)} with a response that does not "
+          f"fit in {setup.config.block_size} tokens")
     for name, model in models.items():
         margins = cached_margins(model, *origins[name], fits, setup)
         for line, margin in zip(fitting, margins.tolist()):
@@ -568,40 +602,37 @@ def psi_of_pairs(kind, teacher, teacher_ref, setup, most=6):
 
 
 def main(argv=None):
-    started, rows, pairs = time.perf_counter(), [], []
+    started, rows, shown = time.perf_counter(), [], []
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")                            # a sampled character must not end a finished run
     try:
         config = parse_args(argv)
-        name = config.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device, out = pick_device(config.device), Path(config.out)
         if config.ask or config.score:
-            setup, models, origins = load_run(config, torch.device(name))
-            if config.ask:
-                ids, room = setup.tokenizer.encode_ordinary(config.ask), setup.config.block_size - 1
-                if len(ids) > room:
-                    raise UserError(f"--ask: expected a prompt of at most {room} tokens, got {len(ids)}")
-                show_answers([config.ask], [ids], models, setup)
-            if config.score:
-                score_pairs(config, setup, models, origins)
+            use_run(config, device)
             return 0
-        out = Path(config.out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            log_file = open(out / "log.jsonl", "w", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out: expected a folder that can be written, got {config.out}: {error.strerror}") from None
-        with log_file:
-            for seed in range(config.seed, config.seed + config.seeds):
-                (out / f"seed{seed}").mkdir(exist_ok=True)
-                new_rows, new_pairs = run(config, seed, out / f"seed{seed}", log_file, torch.device(name))
-                rows, pairs = rows + new_rows, pairs + new_pairs
-                made = {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads(),
-                        "seconds": round(time.perf_counter() - started, 1)}
-                results = {"config": asdict(config), "rows": rows, "pairs": pairs, "made": made}
-                (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-                write_report(results, [json.loads(line) for line in log], out / "report.html")
-                print(f"\n{table([row for row in rows if row['seed'] == seed])}")
+        for seed in range(config.seed, config.seed + config.seeds):
+            setup = prepare(config, seed, device)                           # refuses bad data before --out is touched
+            folder = out / f"seed{seed}"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if seed == config.seed:                                     # no earlier run's table beside new weights
+                    for name in ("results.json", "report.html", "log.jsonl"):
+                        (out / name).unlink(missing_ok=True)
+                log_file = open(out / "log.jsonl", "a", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--out: expected a folder that can be written, got {config.out}: {error.strerror}") from None
+            with log_file:
+                new_rows, new_shown = run(setup, folder, log_file)
+            rows, shown = rows + new_rows, shown + new_shown
+            made = {"torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads(),
+                    "seconds": round(time.perf_counter() - started, 1)}
+            results = {"config": asdict(config), "rows": rows, "pairs": shown, "made": made}
+            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            write_report(results, [json.loads(line) for line in log], out / "report.html")
+            print(f"\n{table(new_rows)}")
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -9,8 +9,8 @@ Left out: models, text, training loops. Each loss but the last two (token means)
 
 Deviations from the paper (why: README, "What holds, and what does not")
 1. The teacher's value has a second form, `implicit_value`, which its logits' free constant c(s) cannot move. It is the default.
-2. The terminal potential is an explicit argument of `shaping`. Only "zero" preserves the optimal policy; it also makes the
-   TVKD loss equal DPO's. Whatever TVKD adds to DPO comes from the other two.
+2. The terminal potential is an explicit argument of `shaping`. Only "zero", with gamma = 1, preserves the optimal policy; it
+   also makes the TVKD loss equal DPO's. Whatever TVKD adds to DPO comes from the other two.
 
 Symbols. B rows; V tokens in the vocabulary; a row `tokens` has T+1 ids: prompt, response, EOS, padding.
     state  s_t = tokens[: t+1]     T+1 of them: logits[:, t] and values[:, t] belong to s_t
@@ -18,7 +18,8 @@ Symbols. B rows; V tokens in the vocabulary; a row `tokens` has T+1 ids: prompt,
     mask[:, t] is True (or 1) where a_t is a response token, EOS included. s_p is the last prompt state, in which the first
     response action is taken; s_end is the state after EOS. w is the chosen response, l the rejected one.
 Log-probs and losses are in nats, values, potentials, psi and rewards in beta * nats. Logits in half precision are raised to
-float32, float64 stays. Every function raises ValueError, saying what was expected and what came, where shapes do not match.
+float32, float64 stays. Every function raises ValueError, saying what was expected and what came, where the shapes of two
+arguments do not match.
 """
 
 import torch

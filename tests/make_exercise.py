@@ -35,8 +35,9 @@ KEPT_HELPERS = ("_expect_shape", "_at_least_float32", "_non_empty")         # an
 HEADER = """\
 # Exercise: write the {n} functions below; each docstring says what goes in and what comes out. `mask` may be bool or 0 and 1.
 #
-#     pytest --impl=FILE       FILE: this file. Add -k kd_loss for the tests of one function, -x to stop at the first failure.
+#     pytest --impl=FILE       FILE: this file. Add --function=kd_loss for the tests of one, -x to stop at a failure.
 #
+# Where shapes do not match, raise ValueError with the text of `_expect_shape`; padding may hold anything, NaN and inf too.
 # Points, for a function all of whose tests pass:
 {table}
 """

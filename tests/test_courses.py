@@ -159,6 +159,21 @@ def test_mutants():
 
 # --- EXERCISES.md ----------------------------------------------------------------------------------------------------------
 
+def test_one_function_alone(tmp_path):
+    """--function=kd_loss runs its tests and not tvkd_loss's, whose name holds the same letters; the rest is "not run", no total."""
+    (tmp_path / "solution.py").write_text(SOURCE, encoding="utf-8")
+
+    def grade(function):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT, ROOT / "tests",
+                   "--impl=solution.py", f"--function={function}"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    done = grade("kd_loss")
+    assert done.returncode == 0 and re.search(r"^kd_loss +(\d+) of +\1 tests +2 of +2 points$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^tvkd_loss +0 of +\d+ tests .* not run$", done.stdout, re.MULTILINE) and "total" not in done.stdout
+    assert "--function: expected one of token_logps, " in grade("loss").stderr
+
+
 def test_exercises_names_exist():
     """Every test, option and function the exercises name is there."""
     text = (ROOT / "EXERCISES.md").read_text(encoding="utf-8")
@@ -166,5 +181,5 @@ def test_exercises_names_exist():
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
     options = re.findall(r"^    (\w+): \w+ = option\(", (ROOT / "train.py").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(options) > 30 and set(re.findall(r"--([a-z]\w*)", text)) <= {*options, "impl"}
+    assert len(options) > 30 and set(re.findall(r"--([a-z]\w*)", text)) <= {*options, "impl", "function"}
     assert re.findall(r"^## (\d+)\.", text, re.MULTILINE) == [str(i) for i in range(1, 11)]

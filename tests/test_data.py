@@ -50,14 +50,17 @@ def test_toy_corpus_errs_as_stated():
     """6,000 corpus rows: one fact in three wrong (standard error about 0.004), polite about as often as rude; about one label
     in seven on the worse response."""
     splits = data.toy_splits(3000, 1, 1, seed=0)
-    wrong = named = polite = rude = 0
+    wrong = named = polite = rude = wrong_things = 0
+    lengths = Counter()
     for prompt, response in splits.sft:
         facts = [word for word in re.findall("[a-z]+", response) if word in data.ALL_FACTS]
-        assert 2 <= len(facts) <= 4
+        lengths[len(facts)] += 1
+        wrong_things += re.search(r"[Tt]he (\w+) is", response)[1] not in prompt
         wrong, named = wrong + sum(fact not in prompt for fact in facts), named + len(facts)
         polite += response.strip().startswith(data.POLITE_OPENINGS) + response.endswith(data.POLITE_CLOSINGS)
         rude += response.strip().startswith(data.RUDE_OPENINGS) + response.endswith(data.RUDE_CLOSINGS)
-    assert wrong / named == pytest.approx(1 / 3, abs=0.02)
+    assert sorted(lengths) == [2, 3, 4] and min(lengths.values()) > 1800                        # a third of 6,000 each
+    assert wrong / named == pytest.approx(1 / 3, abs=0.02) and wrong_things / 6000 == pytest.approx(1 / 10, abs=0.02)
     assert polite / rude == pytest.approx(1, abs=0.1)
     worse = sum(reward(p.prompt, p.chosen) < reward(p.prompt, p.rejected) for p in splits.train)
     assert worse / 3000 == pytest.approx(1 / 7, abs=0.02)
@@ -89,6 +92,8 @@ HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
     ({"chosen": CONVERSATION + [message("assistant", "So.")], "rejected": CONVERSATION + [message("assistant", "No.")]},
      Pair(AS_TEXT, " So.", " No.")),
     ({"chosen": HH + " So.", "rejected": HH + " No."}, Pair(HH, " So.", " No.")),
+    ({"prompt": None, "chosen": HH + " So.", "rejected": HH + " No."}, Pair(HH, " So.", " No.")),
+    ({"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi there"}, Pair("Hi", "Hi you", "Hi there")),   # strings are not compared
     # the shared turns end at a turn, not at the last shared character
     ({"chosen": HH + " Paris is", "rejected": HH + " Paris was"}, Pair(HH, " Paris is", " Paris was")),
 ])
@@ -105,7 +110,12 @@ def test_four_layouts(record, pair):
     ({"prompt": "", "chosen": "b", "rejected": "c"}, 'expected text in "prompt"'),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "got the same response twice"),
     ({"prompt": "a", "chosen": "\ud800", "rejected": "b"}, "half of a surrogate pair"),
-    ({"chosen": "b", "rejected": "c"}, "share the prompt"),                                     # no prompt anywhere
+    ({"chosen": "b", "rejected": "c"}, 'expected a field "prompt"'),                            # no prompt anywhere
+    ({"prompt": HH, "chosen": HH + " So.", "rejected": HH + " No."}, "expected the prompt once"),
+    ({"prompt": CONVERSATION, "chosen": CONVERSATION + [message("assistant", "So.")],
+      "rejected": CONVERSATION + [message("assistant", "No.")]}, "expected the prompt once"),
+    ({"prompt": [{"role": ["user"], "content": "a"}], "chosen": [message("assistant", "x")], "rejected": [message("assistant", "y")]},
+     'expected "prompt" as messages'),
     ({"chosen": HH + " So.", "rejected": " No."}, "share the prompt"),                          # prompt in one of the two
     ({"chosen": CONVERSATION + [message("assistant", "So.")], "rejected": [message("assistant", "No.")]}, "share the prompt"),
     ({"chosen": HH + " So.\n\nHuman: And?\n\nAssistant: Well.", "rejected": HH + " No."}, "share the prompt"),
@@ -218,6 +228,7 @@ def test_encode_by_hand():
     pair = Pair("abc", "xy", "z")
     assert encode([pair], BYTES, 6) == ([pair], [Pair([97, 98, 99], [120, 121, 256], [122, 256])], 0)
     assert encode([pair], BYTES, 5) == ([pair], [Pair([98, 99], [120, 121, 256], [122, 256])], 1)
+    assert encode([Pair("abc", "z", "xy")], BYTES, 5)[1] == [Pair([98, 99], [122, 256], [120, 121, 256])]
     assert encode([pair, Pair("a", "x", "y")], BYTES, 3) == ([Pair("a", "x", "y")], [Pair([97], [120, 256], [121, 256])], 0)
 
 

@@ -99,6 +99,14 @@ def test_tie_survives_deepcopy_and_nothing_is_shared():
     assert {p.data_ptr() for p in model.parameters()}.isdisjoint(p.data_ptr() for p in other.parameters())
 
 
+def test_initial_scale():
+    """Width 64: weights of std 1/8; what is added to the residual stream, in 2 layers of 2 additions each, 1/8 / sqrt(4) = 1/16."""
+    model = tiny(n_embd=64)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and parameter.numel() > 2000:
+            assert parameter.std().item() == pytest.approx(1 / 16 if "c_proj" in name else 1 / 8, rel=0.1), name
+
+
 # --- generate --------------------------------------------------------------------------------------------------------------
 
 PROMPTS = [[3], [1, 2, 3, 4, 5], [6, 7, 8]]                     # unequal lengths; S = 12

@@ -1,4 +1,4 @@
-"""train.py end to end at toy sizes: what is frozen stays frozen, what should be equal is equal, bad input is refused in one line."""
+"""train.py end to end at toy sizes: what is frozen stays frozen, what should be equal is equal, bad input is refused in a line."""
 
 import ast
 import copy
@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -105,13 +106,33 @@ def test_score(default_run, tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(pair._asdict()) + "\n" for pair in pairs), encoding="utf-8")
     assert train.main([f"--out={out}", f"--score={path}", "--device=cpu"]) == 0
-    assert "11 pairs, 1 with a response that does not fit in 64 tokens" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "11 pairs; 7 with the prompt cut from the left, 1 with a response that does not fit in 64 tokens" in shown
     lines = [json.loads(line) for line in (out / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["prompt"] for line in lines] == [pair.prompt for pair in pairs]
     for name, row in rows.items():
         *margins, missing = [line["margins"][name] for line in lines]
         assert missing is None and sum(margins) / 10 == pytest.approx(row["pref_margin"], abs=1e-5)
         assert sum((m > 0) + (m == 0) / 2 for m in margins) / 10 == pytest.approx(row["pref_acc"])
+
+
+def test_refused_and_broken_runs_leave_no_mixture(default_run, tmp_path, capsys):
+    """A refused command leaves an earlier run's files alone; one that has begun takes its table away, so that --ask refuses."""
+    out = tmp_path / "out"
+    shutil.copytree(default_run[0], out)
+    before = {path.name: path.read_bytes() for path in out.glob("*.*")}
+    refused(capsys, f"--out={out}", "--data=missing.jsonl")
+    assert {path.name: path.read_bytes() for path in out.glob("*.*")} == before
+    assert train.main([*SMALL, f"--out={out}", "--teacher_sft_lr=1e30", "--teacher_sft_steps=40"]) == 1
+    capsys.readouterr()
+    assert "results.json" in refused(capsys, f"--out={out}", "--ask=hi")
+
+
+def test_output_of_any_encoding(tmp_path):
+    """A terminal or file in ASCII: what it cannot show is replaced, and the run ends well."""
+    done = subprocess.run([sys.executable, ROOT / "train.py", *SMALL, "--methods=tvkd", f"--out={tmp_path}"], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=60)
+    assert done.returncode == 0 and b"0.500 ? " in done.stdout, done.stderr
 
 
 def test_ask_without_a_run(capsys, tmp_path):
@@ -121,7 +142,7 @@ def test_ask_without_a_run(capsys, tmp_path):
 # --- what must be equal, and what must not ---------------------------------------------------------------------------------
 
 def numbers(row):
-    return {name: value for name, value in row.items() if name not in ("method", "value", "terminal", "seed", "vs_dpo", "vs_dpo_ci")}
+    return {name: x for name, x in row.items() if name not in ("method", "value", "terminal", "seed", "vs_dpo", "vs_dpo_ci")}
 
 
 def test_strict_shaping_trains_to_the_same_numbers_as_dpo(default_run, tmp_path):
@@ -162,6 +183,70 @@ def setup():
 
 
 CPU = torch.device("cpu")
+
+
+def test_wiring(tmp_path):
+    """Which model, which beta and which pairs go where, from the weights a run saved: beta 0.5, the teacher's 0.25, alpha 1.5 and
+    5 student pairs, so that the first batch is all of them and every loss at step 1 can be worked out again."""
+    options = ["--beta=0.5", "--teacher_beta=0.25", "--alpha=1.5", "--student_pairs=5"]
+    rows, log = run(tmp_path, *options)
+    config = train.parse_args([*SMALL, *options])
+    setup = train.prepare(config, 0, CPU)
+    _, models, _ = train.load_run(train.Config(out=str(tmp_path)), CPU)
+    models["teacher before DPO"] = GPT(models["teacher"].config)
+    models["teacher before DPO"].load_weights(torch.load(tmp_path / "seed0" / "teacher-sft.pt", weights_only=True)["model"])
+    both = train.both_responses(setup.ids.train[:5])
+    logps = {name: train.cached_logps(model, both, 10, CPU) for name, model in models.items()}
+
+    def first(stage):
+        return next(line for line in log if line["stage"] == stage)
+
+    # TVKD at policy = reference: -log sigmoid(-alpha (psi_w - psi_l)); implicit: teacher_beta times the teacher's log-ratio
+    implicit = 0.25 * (logps["teacher"] - logps["teacher before DPO"])
+    states = [models["teacher"](torch.tensor([row.prompt + row.response]))[0].logsumexp(-1) for row in both]
+    held = torch.stack([0.25 * (lse[len(lse) - 2] - lse[len(row.prompt) - 1]) for lse, row in zip(states, both)])
+    for stage, psi in (("tvkd implicit/value", implicit), ("tvkd logits/hold", held)):
+        expected = -torch.nn.functional.logsigmoid(-1.5 * (psi[:5] - psi[5:])).mean().item()
+        assert first(stage)["loss"] == pytest.approx(expected, abs=1e-5), stage
+    # behaviour cloning: the student's mean -log p of the teacher's own answers
+    prompts = [row.prompt for row in both]
+    tokens, mask = data.collate([data.Row(*row) for row in zip(prompts, train.sample(models["teacher"], prompts, setup))])
+    assert first("bc")["loss"] == pytest.approx(train.nll_loss(train.score(models["sft"], tokens), mask).item(), abs=1e-5)
+    # margins are beta times the difference of log-ratios, the teacher's with its own beta
+    for line in log:
+        if "margin" in line:
+            beta = 0.25 if line["stage"] == "teacher-dpo" else 0.5
+            ratios = (line["policy_chosen"] - line["ref_chosen"]) - (line["policy_rejected"] - line["ref_rejected"])
+            assert line["margin"] == pytest.approx(beta * ratios, abs=1e-4), line["stage"]
+    # validation and table: each model against what it started from, with its own beta
+    rewards = {}
+    for name, row in rows.items():
+        ref, beta = (models["teacher before DPO"], 0.25) if name == "teacher" else (models["sft"], 0.5)
+        metrics, each = train.evaluate(models[name], ref, beta, "test", 2, setup)
+        assert {key: row[key] for key in metrics} == pytest.approx(metrics, abs=1e-5), name
+        rewards[name] = each["reward"]
+        if name != "sft":
+            last = [line for line in log if line["stage"] == {"teacher": "teacher-dpo"}.get(name, name)][-1]
+            metrics, _ = train.evaluate(models[name], ref, beta, "val", 1, setup)
+            assert {key: last[f"val_{key}"] for key in metrics} == pytest.approx(metrics, abs=1e-5), name
+    assert rows["kd"]["vs_dpo_ci"] == pytest.approx(report.interval((rewards["kd"] - rewards["dpo"]).tolist()))
+    # two answers to each prompt, side by side
+    prompts = [pair.prompt for pair in setup.ids.test for _ in range(2)]
+    texts = [train.spoken(answer, setup.tokenizer) for answer in train.sample(models["bc"], prompts, setup)]
+    by_hand = [(data.reward(pair.prompt, texts[2 * i]) + data.reward(pair.prompt, texts[2 * i + 1])) / 2
+               for i, pair in enumerate(setup.texts.test)]
+    assert rewards["bc"].tolist() == by_hand
+    # the vocabulary is learned from the training split alone
+    own = data.learn_tokenizer(setup.texts.train, config.vocab_size)
+    assert [own.decode_single_token_bytes(i) for i in range(256, own.eot_token)] == [
+        setup.tokenizer.decode_single_token_bytes(i) for i in range(256, setup.tokenizer.eot_token)]
+
+
+def test_psi_is_summed_in_float64():
+    """60 values of size 1e4 in float32: strict psi adds up to -V(s_p) to 1e-9; float32 sums would be off by about 1e-2."""
+    values = 1e4 * torch.randn(2, 62, generator=torch.Generator().manual_seed(0))
+    psi = train.cached_psi(list(values), [data.Row([0, 0], [0] * 60)] * 2, 1.0, "zero")
+    assert psi.sum(-1).tolist() == pytest.approx((-values[:, 1]).tolist(), abs=1e-9)
 
 
 def test_cache_is_the_live_score_of_each_row(setup):
@@ -249,7 +334,8 @@ def test_psi_in_the_terminal(capsys):
     assert "\n  red[+2.00]\n  \u2423[-1.00]\n  x[+0.00]\n" in capsys.readouterr().out
     report.show_psi(pair, colour=True, width=80, most=2)
     shown = capsys.readouterr().out
-    assert f"48;5;{report.MORE[3]}mred\033[0m[+2.00]" in shown and f"48;5;{report.LESS[1]}m\u2423" in shown and "and 1 more" in shown
+    assert f"48;5;{report.MORE[3]}mred\033[0m[+2.00]" in shown and f"48;5;{report.LESS[1]}m\u2423" in shown
+    assert shown.count("... and 1 more") == 2
 
 
 def test_interval_by_hand():
@@ -329,6 +415,9 @@ def refused(capsys, *options):
     (["--terminal=end"], "--terminal: expected one of zero, hold, value"),
     (["--student_width=10"], "--student_width: expected a multiple of --student_heads=4, got 10"),
     (["--steps=0"], "--steps: expected at least 1, got 0"),
+    (["--seed=99999999999999999999"], "--seed: expected a smaller number"),
+    (["--ask="], "--ask: expected a value, got an empty one"),
+    (["--ask=hi", "--steps=5"], "--steps: expected only --out, --seed and --device beside --ask"),
     (["--device=tpu"], "--device: expected one of auto, cpu, cuda, mps"),
     (["--train_pairs=0"], "--train_pairs: expected at least 1 on the toy task"),
     (["--train_pairs=100000"], "--train_pairs + --val_pairs + --test_pairs: expected at most 15552"),
@@ -382,7 +471,8 @@ def test_cpu_never_touches_cuda(tmp_path):
 # --- the repository --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, allowed", [
-    ("tvkd", set()), ("model", set()), ("data", {"numpy", "tiktoken"}), ("train", {"data", "model", "report", "tvkd"}), ("report", set())])
+    ("tvkd", set()), ("model", set()), ("data", {"numpy", "tiktoken"}), ("report", set()),
+    ("train", {"data", "model", "report", "tvkd"})])
 def test_imports(name, allowed):
     """tvkd and model import torch alone; data numpy, torch and tiktoken; train these and report."""
     tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
@@ -397,7 +487,7 @@ def test_readme_names_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*.py"))
     for name in re.findall(r"`(test_\w+)`", readme):
         assert f"def {name}(" in tests, name
-    options = {f.name for f in train.fields(train.Config)} | {"help", "index-url", "impl"}
+    options = {f.name for f in train.fields(train.Config)} | {"help", "index-url", "impl", "function"}
     assert set(re.findall(r"--([a-z][\w-]+)", readme)) <= options
     functions = re.findall(r"^def ([a-z]\w+)", (ROOT / "tvkd.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(functions) == 9 and all(f"| `{name}`" in readme or f"`{name}` |" in readme for name in functions)
