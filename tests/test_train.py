@@ -487,7 +487,7 @@ def test_readme_names_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*.py"))
     for name in re.findall(r"`(test_\w+)`", readme):
         assert f"def {name}(" in tests, name
-    options = {f.name for f in train.fields(train.Config)} | {"help", "index-url", "impl", "function"}
+    options = {f.name for f in train.fields(train.Config)} | {"help", "index-url", "impl", "function", "tb"}
     assert set(re.findall(r"--([a-z][\w-]+)", readme)) <= options
     functions = re.findall(r"^def ([a-z]\w+)", (ROOT / "tvkd.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(functions) == 9 and all(f"| `{name}`" in readme or f"`{name}` |" in readme for name in functions)
