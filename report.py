@@ -53,6 +53,11 @@ def interval(numbers):
 # ---------------------------------------------------------------------------------------------------------------------------
 # In the terminal
 
+def printable(text):
+    """Text without control characters, which a terminal would obey: a half-trained model writes any byte."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def summary(rows, key):
     """Of one method: mean over its rows and 95% interval, over seeds where there are several; (None, None) where unknown."""
     known = [row[key] for row in rows if row[key] is not None]
@@ -88,7 +93,7 @@ def show_psi(pair, colour, width, most=60):
         print(f"\npsi per token, {pair['value']}/{pair['terminal']}, {which} (sum {sum(values):+.2f}):")
         lines, used = [[]], 0
         for token, psi in zip(tokens[:most], values):
-            token, number, level = token.strip() or "\u2423", f"[{psi:+.2f}]", round(4 * abs(psi) / largest)
+            token, number, level = printable(token.strip()) or "\u2423", f"[{psi:+.2f}]", round(4 * abs(psi) / largest)
             if used + len(token + number) + 3 > width and lines[-1]:        # wrapped here, as the escape codes have no width
                 lines.append([])
                 used = 0

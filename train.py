@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 from data import UserError
 from model import GPT, GPTConfig, evaluating
-from report import interval, label, show_psi, table, write_report
+from report import interval, label, printable, show_psi, table, write_report
 from tvkd import dpo_loss, implicit_value, kd_loss, nll_loss, sequence_logps, shaping, soft_value, token_logps, tvkd_loss
 
 METHODS, VALUES, TERMINALS = ("bc", "kd", "dpo", "tvkd"), ("implicit", "logits"), ("zero", "hold", "value")
@@ -581,7 +581,7 @@ def show_answers(prompts, ids, models, setup):
         for name, responses in answers.items():
             text = " ".join(spoken(responses[i], setup.tokenizer).split())
             score = "" if setup.config.data else f"  (reward {data.reward(prompt, text):+.1f})"
-            print(f"  {name:<20} {text[:300]}{score}")
+            print(f"  {name:<20} {printable(text[:300])}{score}")
 
 
 def psi_of_pairs(kind, teacher, teacher_ref, setup, most=6):

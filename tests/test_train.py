@@ -330,6 +330,7 @@ def test_psi_in_the_terminal(capsys):
     pair = {"value": "implicit", "terminal": "value", "chosen": side, "rejected": side}
     report.show_psi(pair, colour=False, width=80)
     assert "chosen (sum +1.00):\n  red[+2.00] \u2423[-1.00] x[+0.00]\n" in capsys.readouterr().out
+    assert report.printable("red\x1b[31m\x00") == "red\ufffd[31m\ufffd"         # no escape code of a model's own
     report.show_psi(pair, colour=False, width=14)                               # too narrow for two: a line each
     assert "\n  red[+2.00]\n  \u2423[-1.00]\n  x[+0.00]\n" in capsys.readouterr().out
     report.show_psi(pair, colour=True, width=80, most=2)
