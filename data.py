@@ -284,15 +284,15 @@ def learn_tokenizer(items, vocab_size):
     return _encoding(ranks)
 
 
-def named_tokenizer(name):
+def named_tokenizer(name, option="tokenizer"):
     """An encoding that tiktoken knows by name, such as "gpt2"; downloaded at first use. Raises UserError where that fails."""
     try:
         return tiktoken.get_encoding(name)
     except ValueError:
-        raise UserError(f"--tokenizer: expected one of {', '.join(tiktoken.list_encoding_names())}, got {name}") from None
+        raise UserError(f"--{option}: expected one of {', '.join(tiktoken.list_encoding_names())}, got {name}") from None
     except OSError as error:
-        raise UserError(f"--tokenizer: {name} could not be downloaded ({type(error).__name__}); fetch it once where there is a "
-                        f"network, and set TIKTOKEN_CACHE_DIR to the folder that holds it, or leave --tokenizer out") from None
+        raise UserError(f"--{option}: {name} could not be downloaded ({type(error).__name__}); fetch it once where there is a "
+                        f"network, and set TIKTOKEN_CACHE_DIR to the folder that holds it, or leave --{option} out") from None
 
 
 def save_tokenizer(tokenizer, path):

@@ -68,6 +68,7 @@ class Config:
     teacher_beta: float = option(1.0, "beta of the teacher's own DPO, and so of its value", 0.1)
     # data
     tokenizer: str = option("", "an encoding tiktoken knows, such as gpt2; empty: a vocabulary learned from the training text")
+    teacher_tokenizer: str = option("", "the teacher's own: an encoding's name, or the size of a learned one; empty: the same")
     vocab_size: int = option(512, "largest size of a learned vocabulary, EOS included", 2048)
     block_size: int = option(64, "context: the longest prompt + response + EOS, in tokens", 1024)
     train_pairs: int = option(3000, "training pairs, all of which the teacher sees; 0: all that are left", 0)
@@ -115,6 +116,11 @@ class Config:
             chosen = getattr(self, name)
             expect(name, len(set(chosen)) == len(chosen) and set(chosen) <= set(known), f"some of {','.join(known)}, each once")
         expect("terminal", self.terminal in ("", *TERMINALS), f"one of {', '.join(TERMINALS)}, or nothing")
+        if self.teacher_tokenizer:
+            size = int(self.teacher_tokenizer) if self.teacher_tokenizer.isdecimal() else 257
+            expect("teacher_tokenizer", size >= 257, "a name or a size of at least 257 (256 bytes and EOS)")
+            expect("methods", "kd" not in self.methods, "no kd, which compares two distributions over one vocabulary, beside "
+                   "--teacher_tokenizer")
         expect("seed", self.seed + self.seeds < 2 ** 63, "a smaller number")
         expect("train_pairs", self.train_pairs or self.data, "at least 1 on the toy task")
         expect("device", self.device in ("auto", "cpu", "cuda", "mps"), "one of auto, cpu, cuda, mps")
@@ -164,6 +170,18 @@ class Setup(NamedTuple):
     tokenizer: object           # a tiktoken.Encoding
     texts: data.Splits
     ids: data.Splits            # the same items as ids, in the same order
+    teacher_tokenizer: object   # the teacher's own; without --teacher_tokenizer the very same objects
+    teacher_ids: data.Splits
+
+    @property
+    def teachers(self):
+        """The Setup as the teacher reads it."""
+        return self._replace(tokenizer=self.teacher_tokenizer, ids=self.teacher_ids)
+
+
+def read_by(name, setup):
+    """The Setup as the model of this name reads it: the teacher may have another tokenizer."""
+    return setup.teachers if name == "teacher" else setup
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -360,7 +378,9 @@ def cached_margins(model, ref, beta, pairs, setup):
 
 
 def evaluate(model, ref, beta, split, samples, setup):
-    """One model on "val" or "test" -> (metrics, {"reward": of each prompt, "pref_acc": 1, 1/2 or 0 of each pair}).
+    """One model on "val" or "test" -> (metrics, {"reward": of each prompt, "pref_acc": 1, 1/2 or 0 of each pair, "true_acc"}).
+
+    pref_acc: whether the implicit reward orders a pair as its label does; true_acc: as the true reward does, where it differs.
 
     ref and beta: what the model started from and the beta of its implicit reward. `samples` responses to each prompt; the true
     reward is known on the toy task alone.
@@ -374,8 +394,12 @@ def evaluate(model, ref, beta, split, samples, setup):
         asked = [pair.prompt for pair in getattr(setup.texts, split) for _ in range(samples)]
         rewards = [data.reward(prompt, spoken(response, setup.tokenizer)) for prompt, response in zip(asked, responses)]
         each["reward"] = torch.tensor(rewards, dtype=torch.double).view(-1, samples).mean(1)        # (prompts,)
+        gaps = [data.reward(p.prompt, p.chosen) - data.reward(p.prompt, p.rejected) for p in getattr(setup.texts, split)]
+        gaps = torch.tensor(gaps, device=setup.device)                                              # (pairs,)
+        each["true_acc"] = is_correct(margins * gaps.sign())[gaps != 0]                             # (pairs that differ,)
     rows = [data.Row(*row) for row in zip(prompts, responses)]
-    return {"reward": None, **{name: x.mean().item() for name, x in each.items()}, "pref_margin": margins.mean().item(),
+    means = {name: x.mean().item() for name, x in each.items()}
+    return {"reward": None, "true_acc": None, **means, "pref_margin": margins.mean().item(),
             "kl": policy_kl(model, ref, rows, config.batch_size, setup.device),
             "length": sum(map(len, responses)) / len(responses)}, each
 
@@ -391,17 +415,28 @@ def prepare(config, seed, device):
         tokenizer = data.named_tokenizer(config.tokenizer)
     else:
         tokenizer = data.learn_tokenizer(texts.train, config.vocab_size)
-    kept, encoded, lines = [], [], [f"seed {seed}"]
+    own = tokenizer                                         # the teacher's
+    if config.teacher_tokenizer.isdecimal():
+        own = data.learn_tokenizer(texts.train, int(config.teacher_tokenizer))
+    elif config.teacher_tokenizer:
+        own = data.named_tokenizer(config.teacher_tokenizer, "teacher_tokenizer")
+    kept, encoded, teachers, lines = [], [], [], [f"seed {seed}"]
     for name, items in texts._asdict().items():
         text, ids, cut = data.encode(items, tokenizer, config.block_size)
+        teacher_ids = ids
+        if own is not tokenizer:                            # what does not fit in both is left out for both
+            text, teacher_ids, _ = data.encode(text, own, config.block_size)
+            text, ids, cut = data.encode(text, tokenizer, config.block_size)
         if not ids:
             raise UserError(f"--block_size: expected room for a prompt and a response ({name}), got {config.block_size}")
         kept.append(text)
         encoded.append(ids)
+        teachers.append(teacher_ids)
         what, dropped = "rows" if name == "sft" else "pairs", len(items) - len(ids)
         lines.append(f"  {name}: {len(ids)} of {len(items)} {what}; {cut} with the prompt cut from the left, {dropped} dropped "
                      f"because a response does not fit in {config.block_size} tokens")
-    setup = Setup(config, seed, device, tokenizer, data.Splits(*kept), data.Splits(*encoded))
+    kept, encoded, teachers = (data.Splits(*part) for part in (kept, encoded, teachers))
+    setup = Setup(config, seed, device, tokenizer, kept, encoded, own, teachers)
     if config.student_pairs > len(setup.ids.train):
         raise UserError(f"--student_pairs: expected at most the {len(setup.ids.train)} training pairs, "
                         f"got {config.student_pairs}")
@@ -418,86 +453,139 @@ def new_model(who, setup):
     return model
 
 
+def save_model(model, path):
+    torch.save({"config": asdict(model.config), "model": model.state_dict()}, path)
+
+
+def load_model(path, device):
+    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    model = GPT(GPTConfig(**checkpoint["config"]))
+    model.load_weights(checkpoint["model"])
+    return model.to(device)
+
+
 def frozen(model):
     """A copy that nothing trains: another object, so that the policy's steps cannot move its own reference."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
+def fine_tuned(who, setup, log_file):
+    """A new "teacher" or "student" after supervised fine-tuning on the corpus."""
+    config, rows = setup.config, [[row] for row in setup.ids.sft]
+    model = new_model(who, setup)
+    steps, lr = (getattr(config, f"{who}_sft_{name}") for name in ("steps", "lr"))
+    fit(f"{who}-sft", model, supervised(model, rows, setup.device), len(rows), steps, lr, config, setup.seed, log_file)
+    return model
+
+
+def dpo_teacher(teacher_ref, setup, log_file, validate=None):
+    """The teacher: DPO on all training pairs, from the fine-tuned teacher, which is its reference. validate: model -> metrics."""
+    config, pairs = setup.config, setup.ids.train
+    teacher = copy.deepcopy(teacher_ref).requires_grad_(True)
+    ref_logps = cached_logps(teacher_ref, both_responses(pairs), config.batch_size, setup.device).view(2, -1)   # (2, all pairs)
+    loss_of = preference(teacher, pairs, ref_logps, config.teacher_beta, setup.device)
+    check_start(loss_of, teacher, list(range(len(pairs)))[:config.batch_size], torch.zeros(1))
+    fit("teacher-dpo", teacher, loss_of, len(pairs), config.teacher_dpo_steps, config.teacher_dpo_lr, config, setup.seed,
+        log_file, validate and (lambda: validate(teacher)))
+    return teacher
+
+
+def summed_psi(kind, terminal, teacher, teacher_ref, pairs, setup):
+    """Sum of psi of each response of `pairs`, the teacher's ids: (2, pairs) float32, all that TVKD reads of the teacher."""
+    config, both = setup.config, both_responses(pairs)
+    values = cached_values(kind, teacher, teacher_ref, both, config.teacher_beta, config.batch_size, setup.device)
+    return cached_psi(values, both, config.gamma, terminal).sum(-1).float().view(2, -1).to(setup.device)
+
+
+def teacher_answers(teacher, pairs, setup):
+    """Rows for behaviour cloning: to each pair two answers that the teacher samples, in the student's tokens."""
+    prompts = [row.prompt for row in both_responses(pairs)]
+    theirs = [row.prompt for row in both_responses(setup.teacher_ids.train[:len(pairs)])]
+    answers = sample(teacher, theirs, setup.teachers)
+    if setup.teacher_tokenizer is not setup.tokenizer:
+        eos, ended = setup.tokenizer.eot_token, [setup.teacher_tokenizer.eot_token in answer for answer in answers]
+        texts = [spoken(answer, setup.teacher_tokenizer) for answer in answers]
+        answers = [setup.tokenizer.encode_ordinary(text) + [eos] * end for text, end in zip(texts, ended)]
+        answers = [answer[:setup.config.block_size - len(prompt)] for prompt, answer in zip(prompts, answers)]
+    rows = [data.Row(*row) for row in zip(prompts, answers)]
+    return list(zip(rows[:len(pairs)], rows[len(pairs):]))
+
+
+def student_loss(method, policy, pairs, ref_logps, setup, teacher=None, psi=None):
+    """loss_of for one of METHODS. pairs: the student's; ref_logps (2, pairs); teacher: for bc, kd; psi (2, pairs): for tvkd."""
+    config, device = setup.config, setup.device
+    if method == "bc":
+        return supervised(policy, teacher_answers(teacher, pairs, setup), device)
+    if method == "kd":
+        return distillation(policy, teacher, pairs, device)
+    loss_of = preference(policy, pairs, ref_logps, config.beta, device, psi, config.alpha)
+    first = list(range(len(pairs)))[:config.batch_size]
+    check_start(loss_of, policy, first, torch.zeros(1) if psi is None else config.alpha * (psi[0] - psi[1])[first])
+    return loss_of
+
+
+def table_row(row, model, origin, beta, setup, split="test"):
+    """A row of the table -> (row, {"reward": of each prompt, ...}). origin, beta: what `evaluate` takes as ref and beta."""
+    metrics, each = evaluate(model, origin, beta, split, setup.config.samples, setup)
+    intervals = {f"{key}_ci": interval(x.tolist()) for key, x in each.items()}
+    return {**row, "seed": setup.seed, "pref_n": len(getattr(setup.ids, split)), "reward_ci": None, "true_acc_ci": None,
+            "vs_dpo": None, "vs_dpo_ci": None, **metrics, **intervals}, each
+
+
+def against_dpo(row, rewards, dpo_rewards):
+    """The row with its difference to DPO; true rewards (prompts,) of both, paired by prompt."""
+    difference = rewards - dpo_rewards
+    return {**row, "vs_dpo": difference.mean().item(), "vs_dpo_ci": interval(difference.tolist())}
+
+
 def run(setup, folder, log_file):
     """One full pipeline of one seed -> (rows of the table, held-out pairs with psi per token).
 
-    Prints as it goes; weights and tokenizer go to `folder`.
+    Prints as it goes; weights and tokenizers go to `folder`.
     """
-    config, seed, device, ids, size = setup.config, setup.seed, setup.device, setup.ids, setup.config.batch_size
+    config, seed, device = setup.config, setup.seed, setup.device
     if not config.tokenizer:
         data.save_tokenizer(setup.tokenizer, folder / "tokenizer.tiktoken")
+    if config.teacher_tokenizer.isdecimal():
+        data.save_tokenizer(setup.teacher_tokenizer, folder / "teacher.tiktoken")
 
-    def train(stage, model, loss_of, n, steps, lr, ref=None, beta=None):
-        """Fit and save; with ref and beta, validate against them on the way."""
-        def validate():
-            return {f"val_{name}": value for name, value in evaluate(model, ref, beta, "val", 1, setup)[0].items()}
-        fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate if ref else None)
-        torch.save({"config": asdict(model.config), "model": model.state_dict()}, weights_file(folder, stage))
+    def validation(origin, beta, setup):
+        return lambda model: {f"val_{key}": x for key, x in evaluate(model, origin, beta, "val", 1, setup)[0].items()}
 
-    # The teacher: supervised fine-tuning, then DPO on all training pairs.
-    sft_rows, all_both = [[row] for row in ids.sft], both_responses(ids.train)
-    teacher = new_model("teacher", setup)
-    train("teacher-sft", teacher, supervised(teacher, sft_rows, device), len(sft_rows),
-          config.teacher_sft_steps, config.teacher_sft_lr)
-    teacher_ref = frozen(teacher)
-    ref_logps = cached_logps(teacher_ref, all_both, size, device).view(2, -1)                      # (2, all pairs)
-    loss_of = preference(teacher, ids.train, ref_logps, config.teacher_beta, device)
-    check_start(loss_of, teacher, list(range(len(ids.train)))[:size], torch.zeros(1))
-    train("teacher-dpo", teacher, loss_of, len(ids.train), config.teacher_dpo_steps, config.teacher_dpo_lr,
-          teacher_ref, config.teacher_beta)
-    teacher = frozen(teacher)
-
+    teacher_ref = frozen(fine_tuned("teacher", setup.teachers, log_file))
+    save_model(teacher_ref, folder / "teacher-sft.pt")
+    validate = validation(teacher_ref, config.teacher_beta, setup.teachers)
+    teacher = frozen(dpo_teacher(teacher_ref, setup.teachers, log_file, validate))
+    save_model(teacher, folder / "teacher-dpo.pt")
     # The student every method starts from, which is also its reference.
-    student = new_model("student", setup)
-    train("student-sft", student, supervised(student, sft_rows, device), len(sft_rows),
-          config.student_sft_steps, config.student_sft_lr)
-    ref = frozen(student)
-    pairs = ids.train[:config.student_pairs or None]
-    both = both_responses(pairs)
-    ref_logps = cached_logps(ref, both, size, device).view(2, -1)                                  # (2, pairs)
+    ref = frozen(fine_tuned("student", setup, log_file))
+    save_model(ref, folder / "student-sft.pt")
+    pairs, teacher_pairs = (ids.train[:config.student_pairs or None] for ids in (setup.ids, setup.teacher_ids))
+    ref_logps = cached_logps(ref, both_responses(pairs), config.batch_size, device).view(2, -1)    # (2, pairs)
 
     models = {"teacher": teacher, "sft": ref}
-    rows = [{"method": "teacher", "value": None, "terminal": None}, {"method": "sft", "value": None, "terminal": None}]
+    rows = [{"method": name, "value": None, "terminal": None} for name in models]
+    validate = validation(ref, config.beta, setup)
     for method, kind in [(m, v) for m in config.methods for v in (config.value if m == "tvkd" else (None,))]:
-        policy, lr = copy.deepcopy(student), config.lr if method in ("dpo", "tvkd") else config.distill_lr
         row = {"method": method, "value": kind, "terminal": kind and (config.terminal or DEFAULT_TERMINAL[kind])}
-        if method == "bc":
-            prompts = [answer.prompt for answer in both]
-            answers = [data.Row(*answer) for answer in zip(prompts, sample(teacher, prompts, setup))]
-            loss_of = supervised(policy, list(zip(answers[:len(pairs)], answers[len(pairs):])), device)
-        elif method == "kd":
-            loss_of = distillation(policy, teacher, pairs, device)
-        else:
-            psi, alpha = None, 0.0
-            if method == "tvkd":
-                values = cached_values(kind, teacher, teacher_ref, both, config.teacher_beta, size, device)
-                psi = cached_psi(values, both, config.gamma, row["terminal"]).sum(-1).float().view(2, -1).to(device)
-                alpha = config.alpha
-            loss_of = preference(policy, pairs, ref_logps, config.beta, device, psi, alpha)
-            first = list(range(len(pairs)))[:size]
-            check_start(loss_of, policy, first, torch.zeros(1) if psi is None else alpha * (psi[0] - psi[1])[first])
-        train(label(row), policy, loss_of, len(pairs), config.steps, lr, ref, config.beta)
+        psi = summed_psi(kind, row["terminal"], teacher, teacher_ref, teacher_pairs, setup.teachers) if kind else None
+        policy = copy.deepcopy(ref).requires_grad_(True)
+        loss_of = student_loss(method, policy, pairs, ref_logps, setup, teacher, psi)
+        lr = config.lr if method in ("dpo", "tvkd") else config.distill_lr
+        fit(label(row), policy, loss_of, len(pairs), config.steps, lr, config, seed, log_file, lambda: validate(policy))
+        save_model(policy, weights_file(folder, label(row)))
         models[label(row)] = policy
         rows.append(row)
 
-    each = {}
-    for row, (name, model) in zip(rows, models.items()):
-        origin, beta = (teacher_ref, config.teacher_beta) if name == "teacher" else (ref, config.beta)
-        metrics, each[name] = evaluate(model, origin, beta, "test", config.samples, setup)
-        row.update(seed=seed, pref_n=len(ids.test), reward_ci=None, vs_dpo=None, vs_dpo_ci=None, **metrics)
-        row.update({f"{key}_ci": interval(x.tolist()) for key, x in each[name].items()})
-    for row, name in zip(rows, models):
-        if "reward" in each.get("dpo", ()) and name != "dpo":
-            difference = each[name]["reward"] - each["dpo"]["reward"]       # (prompts,), paired by prompt
-            row.update(vs_dpo=difference.mean().item(), vs_dpo_ci=interval(difference.tolist()))
+    origins = dict.fromkeys(models, (ref, config.beta)) | {"teacher": (teacher_ref, config.teacher_beta)}
+    found = {name: table_row(row, models[name], *origins[name], read_by(name, setup)) for row, name in zip(rows, models)}
+    rewards = {name: each.get("reward") for name, (_, each) in found.items()}
+    rows = [row if name == "dpo" or rewards.get("dpo") is None else against_dpo(row, rewards[name], rewards["dpo"])
+            for name, (row, _) in found.items()]
 
-    show_answers([pair.prompt for pair in setup.texts.test[:2]], [pair.prompt for pair in ids.test[:2]], models, setup)
-    shown = [psi_of_pairs(kind, teacher, teacher_ref, setup) for kind in config.value if "tvkd" in config.methods]
+    some = [[pair.prompt for pair in split.test[:2]] for split in (setup.texts, setup.ids, setup.teacher_ids)]
+    show_answers(*some, models, setup)
+    shown = [psi_of_pairs(kind, teacher, teacher_ref, setup.teachers) for kind in config.value if "tvkd" in config.methods]
     for of_kind in shown:
         show_psi(of_kind[0], colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, width=get_terminal_size().columns)
     return rows, sum(shown, [])
@@ -515,32 +603,34 @@ def load_run(config, device):
     folder = Path(config.out) / f"seed{config.seed}"
 
     def load(stage):
-        checkpoint = torch.load(weights_file(folder, stage), map_location=device, weights_only=True)
-        model = GPT(GPTConfig(**checkpoint["config"]))
-        model.load_weights(checkpoint["model"])
-        return frozen(model.to(device))
+        return frozen(load_model(weights_file(folder, stage), device))
 
     try:
         results = json.loads((Path(config.out) / "results.json").read_text(encoding="utf-8"))
         made = Config(**results["config"])
         tokenizer = data.named_tokenizer(made.tokenizer) if made.tokenizer else data.load_tokenizer(folder / "tokenizer.tiktoken")
+        own = tokenizer
+        if made.teacher_tokenizer:
+            learned = made.teacher_tokenizer.isdecimal()
+            own = data.load_tokenizer(folder / "teacher.tiktoken") if learned else data.named_tokenizer(made.teacher_tokenizer)
         labels = [label(row) for row in results["rows"] if row["seed"] == config.seed]
         models = {name: load({"teacher": "teacher-dpo", "sft": "student-sft"}.get(name, name)) for name in labels}
         origins = dict.fromkeys(labels, (models["sft"], made.beta)) | {"teacher": (load("teacher-sft"), made.teacher_beta)}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"--out: expected the folder of a finished run with --seed={config.seed}, got {config.out}: "
                         f"{' '.join(str(error).split())[:200]}") from None
-    return Setup(made, config.seed, device, tokenizer, None, None), models, origins
+    return Setup(made, config.seed, device, tokenizer, None, None, own, None), models, origins
 
 
 def use_run(config, device):
     """--ask and --score."""
     setup, models, origins = load_run(config, device)
     if config.ask:
-        ids, room = setup.tokenizer.encode_ordinary(config.ask), setup.config.block_size - 1
-        if len(ids) > room:
-            raise UserError(f"--ask: expected a prompt of at most {room} tokens, got {len(ids)}")
-        show_answers([config.ask], [ids], models, setup)
+        ids = [tokenizer.encode_ordinary(config.ask) for tokenizer in (setup.tokenizer, setup.teacher_tokenizer)]
+        longest, room = max(map(len, ids)), setup.config.block_size - 1
+        if longest > room:
+            raise UserError(f"--ask: expected a prompt of at most {room} tokens, got {longest}")
+        show_answers([config.ask], ids[:1], ids[1:], models, setup)
     if config.score:
         score_pairs(config, setup, models, origins)
 
@@ -550,19 +640,19 @@ def score_pairs(config, setup, models, origins):
 
     A pair with a response that does not fit the context has null margins.
     """
-    texts = data.load_pairs(config.score)
-    found = [data.encode([pair], setup.tokenizer, setup.config.block_size) for pair in texts]
-    encoded, cut = [ids for _, ids, _ in found], sum(cut for _, _, cut in found)
-    fits = [pair for pairs in encoded for pair in pairs]
+    texts, size = data.load_pairs(config.score), setup.config.block_size
+    found, of_teacher = ([data.encode([pair], tokenizer, size) for pair in texts]
+                         for tokenizer in (setup.tokenizer, setup.teacher_tokenizer))
     lines = [{"pair": i, "prompt": text.prompt, "margins": dict.fromkeys(models)} for i, text in enumerate(texts)]
-    fitting = [line for line, pairs in zip(lines, encoded) if pairs]
+    fits = [(line, *own, *theirs) for line, (_, own, _), (_, theirs, _) in zip(lines, found, of_teacher) if own and theirs]
     if not fits:
-        raise UserError(f"--score: expected a pair that fits in {setup.config.block_size} tokens in {config.score}, got none")
-    print(f"{len(texts)} pairs; {cut} with the prompt cut from the left, {len(texts) - len(fits)} with a response that does not "
-          f"fit in {setup.config.block_size} tokens")
+        raise UserError(f"--score: expected a pair that fits in {size} tokens in {config.score}, got none")
+    print(f"{len(texts)} pairs; {sum(cut for _, _, cut in found)} with the prompt cut from the left, {len(texts) - len(fits)} "
+          f"with a response that does not fit in {size} tokens")
     for name, model in models.items():
-        margins = cached_margins(model, *origins[name], fits, setup)
-        for line, margin in zip(fitting, margins.tolist()):
+        pairs = [theirs if name == "teacher" else own for _, own, theirs in fits]
+        margins = cached_margins(model, *origins[name], pairs, setup)
+        for (line, _, _), margin in zip(fits, margins.tolist()):
             line["margins"][name] = margin
         print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, accuracy {is_correct(margins).mean().item():.3f}")
     path = Path(config.out) / "scores.jsonl"
@@ -573,13 +663,14 @@ def score_pairs(config, setup, models, origins):
 # ---------------------------------------------------------------------------------------------------------------------------
 # Showing
 
-def show_answers(prompts, ids, models, setup):
+def show_answers(prompts, ids, teacher_ids, models, setup):
     """One sampled answer of every model to each prompt, given as text and as ids, with its true reward on the toy task."""
-    answers = {name: sample(model, ids, setup) for name, model in models.items()}
+    answers = {name: sample(model, teacher_ids if name == "teacher" else ids, read_by(name, setup))
+               for name, model in models.items()}
     for i, prompt in enumerate(prompts):
         print(f"\nprompt: {prompt.strip()[-300:]}")
         for name, responses in answers.items():
-            text = " ".join(spoken(responses[i], setup.tokenizer).split())
+            text = " ".join(spoken(responses[i], read_by(name, setup).tokenizer).split())
             score = "" if setup.config.data else f"  (reward {data.reward(prompt, text):+.1f})"
             print(f"  {name:<20} {printable(text[:300])}{score}")
 

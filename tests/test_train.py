@@ -242,6 +242,64 @@ def test_wiring(tmp_path):
         setup.tokenizer.decode_single_token_bytes(i) for i in range(256, setup.tokenizer.eot_token)]
 
 
+def test_teacher_of_another_vocabulary(tmp_path, capsys):
+    """A teacher with 270 ids beside a student with 300: TVKD's loss at step 1 is worked out again from the texts alone, BC gets
+    the teacher's words in the student's ids, --ask and --score read every model with its own tokenizer."""
+    options = ["--teacher_tokenizer=270", "--block_size=160", "--methods=bc,dpo,tvkd", "--value=implicit", "--student_pairs=5"]
+    rows, log = run(tmp_path, *options)
+    assert list(rows) == ["teacher", "sft", "bc", "dpo", "tvkd implicit/value"]
+    own = data.load_tokenizer(tmp_path / "seed0" / "teacher.tiktoken")
+    models = {stage: train.load_model(tmp_path / "seed0" / f"{stage}.pt", CPU).eval() for stage in ("teacher-sft", "teacher-dpo")}
+    assert own.n_vocab == models["teacher-dpo"].config.vocab_size == 270
+    psi = []
+    for pair in data.toy_splits(24, 6, 10, 0).train[:5]:
+        for response in (pair.chosen, pair.rejected):
+            tokens, mask = data.collate([(own.encode_ordinary(pair.prompt), own.encode_ordinary(response) + [own.eot_token])])
+            phi, ref = (sequence_logps(train.score(models[stage], tokens), mask) for stage in ("teacher-dpo", "teacher-sft"))
+            psi.append(phi - ref)
+    psi = torch.cat(psi).view(5, 2)
+    expected = -torch.nn.functional.logsigmoid(psi[:, 1] - psi[:, 0]).mean().item()
+    found = next(line for line in log if line["stage"] == "tvkd implicit/value" and line["step"] == 1)
+    assert found["loss"] == pytest.approx(expected, abs=1e-5) and abs(found["loss"] - math.log(2)) > 1e-4
+
+    setup = train.prepare(train.parse_args([*SMALL, *options]), 0, CPU)
+    answers = train.teacher_answers(models["teacher-dpo"], setup.ids.train[:5], setup)
+    theirs = train.sample(models["teacher-dpo"], [p.prompt for p in setup.teacher_ids.train[:5]] * 2, setup.teachers)
+    for i, answer in enumerate(theirs):
+        row = answers[i % 5][i // 5]
+        assert row.prompt == setup.ids.train[i % 5].prompt
+        assert row.response == (setup.tokenizer.encode_ordinary(train.spoken(answer, own))
+                                + [setup.tokenizer.eot_token] * (own.eot_token in answer))
+
+    capsys.readouterr()
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(p._asdict()) + "\n" for p in setup.texts.test), encoding="utf-8")
+    assert train.main([f"--out={tmp_path}", f"--score={path}", "--ask=Describe the dog: black.", "--device=cpu"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name, row in rows.items():
+        assert sum(line["margins"][name] for line in lines) / 10 == pytest.approx(row["pref_margin"], abs=1e-5), name
+
+
+def test_true_accuracy_by_hand(setup):
+    """Three pairs of true difference +2, -2 (a wrong label) and 0, margins all positive: the first is right, the second wrong,
+    the third left out."""
+    student, ref, _, _ = setup
+    prompt, right, wrong = "Describe the cat: red, small, fast, old.", " The cat is red.", " The cat is blue."
+    texts = [data.Pair(prompt, right, wrong), data.Pair(prompt, wrong, right), data.Pair(prompt, right, right)]
+    tokenizer = data.learn_tokenizer(data.toy_splits(30, 1, 1, 0).train, 300)
+    ids = data.encode(texts, tokenizer, 128)[1]
+    splits = [data.Splits([], [], [], items) for items in (texts, ids)]
+    whole = train.Setup(train.Config(max_new_tokens=2), 0, CPU, tokenizer, *splits, tokenizer, splits[1])
+    margins = train.cached_margins(student, ref, 1.0, ids, whole)
+    assert margins.tolist() == [0, 0, 0]
+    before = train.cached_margins
+    try:
+        train.cached_margins = lambda *args: torch.tensor([1.0, 1.0, 1.0])
+        assert train.evaluate(student, ref, 1.0, "test", 1, whole)[1]["true_acc"].tolist() == [1, 0]
+    finally:
+        train.cached_margins = before
+
+
 def test_psi_is_summed_in_float64():
     """60 values of size 1e4 in float32: strict psi adds up to -V(s_p) to 1e-9; float32 sums would be off by about 1e-2."""
     values = 1e4 * torch.randn(2, 62, generator=torch.Generator().manual_seed(0))
@@ -425,6 +483,9 @@ def refused(capsys, *options):
     (["--student_pairs=50", "--train_pairs=40"], "--student_pairs: expected at most the 40 training pairs, got 50"),
     (["--vocab_size=100"], "--vocab_size: expected at least 257"),
     (["--tokenizer=gpt9"], "--tokenizer: expected one of"),
+    (["--teacher_tokenizer=gpt9", "--methods=tvkd"], "--teacher_tokenizer: expected one of"),
+    (["--teacher_tokenizer=100", "--methods=tvkd"], "--teacher_tokenizer: expected a name or a size of at least 257"),
+    (["--teacher_tokenizer=300"], "--methods: expected no kd, which compares two distributions over one vocabulary"),
     (["--data=missing.jsonl"], "missing.jsonl: expected a readable JSONL file"),
 ])
 def test_bad_options(capsys, tmp_path, options, said):
@@ -473,9 +534,10 @@ def test_cpu_never_touches_cuda(tmp_path):
 
 @pytest.mark.parametrize("name, allowed", [
     ("tvkd", set()), ("model", set()), ("data", {"numpy", "tiktoken"}), ("report", set()),
-    ("train", {"data", "model", "report", "tvkd"})])
+    ("train", {"data", "model", "report", "tvkd"}), ("figures", {"report"}),
+    ("evidence", {"data", "figures", "train", "tvkd"})])
 def test_imports(name, allowed):
-    """tvkd and model import torch alone; data numpy, torch and tiktoken; train these and report."""
+    """tvkd and model import torch alone; data numpy, torch and tiktoken; train these and report; evidence runs train."""
     tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -488,7 +550,7 @@ def test_readme_names_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*.py"))
     for name in re.findall(r"`(test_\w+)`", readme):
         assert f"def {name}(" in tests, name
-    options = {f.name for f in train.fields(train.Config)} | {"help", "index-url", "impl", "function", "tb"}
+    options = {f.name for f in train.fields(train.Config)} | {"help", "index-url", "impl", "function", "tb", "results", "rebuild"}
     assert set(re.findall(r"--([a-z][\w-]+)", readme)) <= options
     functions = re.findall(r"^def ([a-z]\w+)", (ROOT / "tvkd.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(functions) == 9 and all(f"| `{name}`" in readme or f"`{name}` |" in readme for name in functions)

@@ -1,0 +1,302 @@
+"""Tables and figures of README "Results", from the records that evidence.py leaves in results/. Nothing is trained.
+
+    python figures.py           rebuild the text between the README's marks <!-- NAME --> and <!-- /NAME -->, and docs/*.svg
+
+Every mean is over seeds, every ± a 95% interval of that mean over seeds (Student's t). "Minus DPO" is paired: the difference,
+seed by seed, to DPO with the same teacher, student, pairs, order and prompts.
+"""
+
+import io
+import json
+import math
+import re
+import statistics
+import sys
+from contextlib import redirect_stdout
+from html import escape
+from pathlib import Path
+
+from report import COLOURS, interval, scale, show_psi, spread, summary, ticks
+
+ROOT = Path(__file__).parent
+CONTROLS = {"shuffled": "psi of other pairs", "plus": "plus sign", "beta": "beta / 2", "relabel": "teacher's labels",
+            "soft": "teacher's soft labels", "vocabulary": "another vocabulary"}
+NAMES = {"value": "tvkd implicit/value", "hold": "tvkd logits/hold", "zero": "tvkd implicit/zero"}
+COLUMNS = (("true reward", "reward", ".2f"), ("minus DPO", "vs_dpo", "+.2f"), ("accuracy, labels", "pref_acc", ".3f"),
+           ("accuracy, truth", "true_acc", ".3f"), ("KL", "kl", ".2f"), ("tokens", "length", ".1f"))
+
+
+def name_of(row):
+    """A row of a record by name, as the tables have it."""
+    name = NAMES[row["terminal"]] if row["method"] == "tvkd" else row["method"]
+    special = CONTROLS.get(row["control"], "")
+    if row["control"] == "top":
+        special = f"top {row['dose']:g}"
+    elif row["control"] == "gauge":
+        special = f"c(s_t) = {row['dose']:+g} t"
+    elif row["method"] == "kd" and "student_pairs" in row["options"]:
+        n = row["options"]["student_pairs"]
+        special = f"on {n} pair{'s' * (n > 1)}"
+    return f"{name}, {special}" if special else name
+
+
+def grouped(rows, of=name_of):
+    """Rows of all seeds -> {name: rows}, in the order of the record."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(of(row), []).append(row)
+    return groups
+
+
+def cell(rows, key, form):
+    """Mean over seeds and its interval, "2.36 ± 0.46"; "-" where unknown."""
+    mean, half = summary(rows, key)
+    return "-" if mean is None else f"{mean:{form}}" + ("" if half is None else f" ± {half:{form.strip('+')}}")
+
+
+def markdown(header, rows):
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] + ["---:"] * (len(header) - 1), *rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Which settings
+
+def without_setting(row):
+    """What a row trains, whatever its steps and learning rate."""
+    options = {name: value for name, value in row["options"].items() if name not in ("steps", "lr")}
+    return json.dumps([row["method"], row["terminal"], row["control"], options], sort_keys=True)
+
+
+def choices(record):
+    """The record of `tune` -> {without_setting: {(steps, learning rate): mean validation reward}}."""
+    scores = {}
+    for row in record["rows"]:
+        setting = tuple(row["options"].get(name, record["options"][name]) for name in ("steps", "lr"))
+        scores.setdefault(without_setting(row), {}).setdefault(setting, []).append(row["reward"])
+    return {kind: {setting: statistics.fmean(x) for setting, x in found.items()} for kind, found in scores.items()}
+
+
+def settings(record):
+    """A line a method, a column a setting of the grid; the chosen one in bold."""
+    found, names = choices(record), {without_setting(row): name_of(row) for row in record["rows"]}
+    grid = list(next(iter(found.values())))
+    lines = [[names[kind], *(f"**{scores[s]:.2f}**" if s == max(scores, key=scores.get) else f"{scores[s]:.2f}" for s in grid)]
+             for kind, scores in found.items()]
+    return markdown(["steps, learning rate", *(f"{steps}, {lr:g}" for steps, lr in grid)], lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def comparison(record):
+    """A line a setting, over all seeds."""
+    lines, of_name = [], grouped(record["rows"])
+    columns = [column for column in COLUMNS if any(row[column[1]] is not None for row in record["rows"])]   # real data: no reward
+    for name, rows in of_name.items():
+        stored = "-" if name == "teacher" else f"{statistics.fmean(row['bytes'] for row in rows):.3g}"
+        lines.append([name, *(cell(rows, key, form) for _, key, form in columns), stored])
+    return markdown(["model", *(title for title, _, _ in columns), "bytes"], lines)
+
+
+def values(record):
+    """Correlation and agreement with the true reward, on the student's and on held-out pairs."""
+    lines = []
+    for (kind, split), rows in grouped(record["rows"], lambda row: (row["value"], row["split"])).items():
+        where = "the student's pairs" if split == "train" else "held-out pairs"
+        lines.append([f"{kind}, {where}", str(rows[0]["n"]), cell(rows, "correlation", "+.2f"), cell(rows, "agrees", ".3f")])
+    return markdown(["value", "pairs a seed", "correlation", "same sign"], lines)
+
+
+def words(record):
+    """Mean psi of words by kind, on held-out pairs."""
+    kinds = (("right", "a right fact or thing", "+1"), ("wrong", "a wrong fact or thing", "-1"),
+             ("polite", "a polite sentence", "+0.5"), ("rude", "a rude sentence", "-0.5"))
+    found = grouped([row for row in record["rows"] if row["split"] == "test"], lambda row: row["value"])
+    lines = []
+    for kind, title, worth in kinds:
+        means = [[row["words"][kind]["psi"] for row in rows] for rows in found.values()]
+        lines.append([title, worth, *(f"{statistics.fmean(x):+.2f} ± {interval(x):.2f}" for x in means)])
+    return markdown(["after", "true reward", *(f"psi, {kind}" for kind in found)], lines)
+
+
+def three_pairs(record):
+    """psi of every token of three held-out pairs of seed 0, as the terminal shows it."""
+    text = io.StringIO()
+    with redirect_stdout(text):
+        for row in record["rows"]:
+            for pair in row.get("pairs", ()):
+                if row["value"] == "implicit":
+                    print(f"\n{pair['prompt']}", end="")
+                show_psi(pair, colour=False, width=118)
+    return f"```\n{text.getvalue().strip()}\n```"
+
+
+def sweep_table(record, title, x_of, keys):
+    """A line a value of what is swept, and of each model the columns `keys`, DPO's difference to itself left out."""
+    columns = [(name, key) for name in grouped(record["rows"], plain_name) for key in keys if (name, key) != ("dpo", "vs_dpo")]
+    of_column, lines = {key: (heading, form) for heading, key, form in COLUMNS}, []
+    for x, rows in grouped(record["rows"], x_of).items():
+        by_name = grouped(rows, plain_name)
+        lines.append([f"{x:g}", *(cell(by_name[name], key, of_column[key][1]) for name, key in columns)])
+    return markdown([title, *(f"{name}, {of_column[key][0]}" for name, key in columns)], lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Figures
+
+def plain_name(row):
+    """The name of a line in a figure, whatever is swept along it."""
+    return name_of({**row, "control": row["control"] if row["control"] in CONTROLS else "", "options": {}})
+
+
+def figure(lines, title, x_title, y_title, x_log=False, marks=()):
+    """SVG. lines: name -> [(x, y, half-width of an interval or None)]; marks: a text beside each point of the lines so named."""
+    points = [point for line in lines.values() for point in line]
+    xs = [x for x, _, _ in points]
+    low = min(y - (half or 0) for _, y, half in points)
+    high = max(y + (half or 0) for _, y, half in points)
+    forward = math.log if x_log else float
+    x, y = scale(forward(min(xs)), forward(max(xs)), 48, 330), scale(low, high, 226, 34)
+    parts = [f'<path class="grid" d="M48 {y(t):.1f}H330"/><text class="right" x="42" y="{y(t) + 4:.1f}">{t:g}</text>'
+             for t in ticks(low, high)]
+    at = sorted(set(xs)) if x_log or len(set(xs)) < 8 else ticks(min(xs), max(xs))
+    parts += [f'<text class="middle" x="{x(forward(t)):.1f}" y="246">{t:g}</text>' for t in at]
+    ends = {}
+    for colour, (name, line) in zip(COLOURS, lines.items()):
+        places = [(x(forward(a)), y(b), half) for a, b, half in line]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in places)
+        bars = "".join(f'<path d="M{a:.1f} {b - y(0) + y(half):.1f}V{b + y(0) - y(half):.1f}"/>' for a, b, half in places if half)
+        dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b, _ in places)
+        texts = "".join(f'<text class="small" x="{a + 5:.1f}" y="{b + 12:.1f}">{escape(mark)}</text>'
+                        for (a, b, _), mark in zip(places, marks))
+        parts.append(f'<g style="color:{colour}"><polyline points="{path}"/>{bars}{dots}{texts}</g>')
+        ends[name] = colour, *max(places)[:2]
+    names = sorted(ends, key=lambda name: ends[name][2])
+    for name, height in zip(names, spread([ends[name][2] for name in names], 14, 226)):
+        colour, a, b = ends[name]
+        parts.append(f'<g style="color:{colour}"><path class="lead" d="M{a + 4:.1f} {b:.1f}L338 {height:.1f}"/>'
+                     f'<text x="341" y="{height + 4:.1f}">{escape(name)}</text></g>')
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 276" role="img" aria-label="{escape(title)}">
+<style>svg {{ background: #fff; color: #222; font: 11px sans-serif }} text {{ fill: currentColor }}
+path, polyline {{ stroke: currentColor; fill: none; stroke-width: 1.5 }} circle {{ fill: currentColor }}
+.grid {{ stroke: #ddd; stroke-width: 1 }} .lead {{ stroke-dasharray: 2 3; stroke-width: 1 }} .right {{ text-anchor: end }}
+.middle {{ text-anchor: middle }} .small {{ font-size: 9px }} .title {{ font-weight: bold; font-size: 12px }}</style>
+<text class="title" x="8" y="16">{escape(title)}</text><text x="8" y="30">{escape(y_title)}</text>
+<text class="middle" x="189" y="266">{escape(x_title)}</text>
+{chr(10).join(parts)}
+</svg>
+"""
+
+
+SWEEPS = {      # what is swept, the figure's title, its x axis, whether that is logarithmic
+    "alpha": ("alpha", "Weight of the teacher's value", "alpha", False),
+    "pairs": ("student_pairs", "Pairs the student sees", "student's pairs (the teacher's: 3,000)", True),
+    "width": ("student_width", "Size of the student", "channels of the student (the teacher's: 96)", True),
+    "noise": ("dose", "Label noise", "share of the student's labels turned round", False),
+    "frontier": ("beta", "Reward and distance from the reference", "KL to the reference, nats per response", False),
+    "length": ("steps", "Length of training", "steps", True)}
+BARS = "true reward; bars: 95% interval of the difference to DPO"
+
+
+def option_of(name, record):
+    """-> what gives a row's value of an option, or its dose."""
+    return lambda row: row["dose"] if name == "dose" else row["options"].get(name, record["options"][name])
+
+
+def lines_of(record, x_of):
+    """Lines of a figure: name -> [(x, mean true reward, interval of the paired difference to DPO at the same x)]."""
+    lines = {}
+    for (name, x), rows in grouped(record["rows"], lambda row: (plain_name(row), x_of(row))).items():
+        lines.setdefault(name, []).append((x, summary(rows, "reward")[0], summary(rows, "vs_dpo")[1]))
+    return {name: sorted(line) for name, line in lines.items()}
+
+
+def level(lines):
+    """The same lines, with DPO, where it is a single point, as a level line through all the others."""
+    xs = [x for name, line in lines.items() if name != "dpo" for x, _, _ in line]
+    dpo = lines["dpo"] if len(lines["dpo"]) > 1 else [(x, lines["dpo"][0][1], None) for x in (min(xs), max(xs))]
+    return {**lines, "dpo": dpo}
+
+
+def frontier(record):
+    """Lines of (KL, reward), a point a beta."""
+    lines = {}
+    for (name, _), rows in grouped(record["rows"], lambda row: (plain_name(row), option_of("beta", record)(row))).items():
+        lines.setdefault(name, []).append((summary(rows, "kl")[0], summary(rows, "reward")[0], None))
+    return lines
+
+
+def stored(record):
+    """Lines of (bytes, reward): KD on fewer pairs, KD from fewer probabilities, and single points."""
+    lines = {}
+    for name, rows in grouped(record["rows"]).items():
+        if rows[0]["method"] == "kd":
+            name = "kd, fewer probabilities" if rows[0]["control"] else "kd, fewer pairs"
+        point = (summary(rows, "bytes")[0], summary(rows, "reward")[0], summary(rows, "vs_dpo")[1])
+        lines.setdefault(name, []).append(point)
+    return level({name: sorted(line) for name, line in lines.items()})
+
+
+def figures(records):
+    """File name -> SVG."""
+    found = {}
+    for name, (option, title, x_title, x_log) in SWEEPS.items():
+        if name in records and name != "frontier":
+            found[name] = figure(level(lines_of(records[name], option_of(option, records[name]))), title, x_title, BARS, x_log)
+    if "frontier" in records:
+        betas = sorted({option_of("beta", records["frontier"])(row) for row in records["frontier"]["rows"]})
+        found["frontier"] = figure(frontier(records["frontier"]), *SWEEPS["frontier"][1:3],
+                                   "true reward; beside each point its beta", marks=[f"{beta:g}" for beta in betas])
+    if "bytes" in records:
+        found["bytes"] = figure(stored(records["bytes"]), "What is stored of the teacher", "bytes per response token", BARS, True)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The README
+
+def texts(records):
+    """Mark of the README -> what stands there."""
+    found = {name: comparison(records[name]) for name in ("main", "bytes", "gauge", "real") if name in records}
+    if "tune" in records:
+        found["tune"] = settings(records["tune"])
+    if "values" in records:
+        found |= {"values": values(records["values"]), "words": words(records["values"]), "psi": three_pairs(records["values"])}
+    for name, (option, title, _, _) in SWEEPS.items():
+        if name in records:
+            keys = ("reward", "vs_dpo", "kl") if name == "frontier" else ("reward", "vs_dpo")
+            found[name] = sweep_table(records[name], option, option_of(option, records[name]), keys)
+    found["cost"] = cost(records)
+    return found
+
+
+def cost(records):
+    """What the records took to make, and on what."""
+    made = sorted({f"{m['machine']}, torch {m['torch']}" for m in (record["made"] for record in records.values())})
+    total = sum(record["seconds"] for record in records.values())
+    return f"{len(records)} records: {total / 60:.0f} minutes of one thread on {'; '.join(made)}."
+
+
+def load(results):
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+
+
+def filled(text, found):
+    """The README with what stands between each pair of marks made new. Raises ValueError for a mark of an unknown name."""
+    def new(match):
+        if match[1] not in found:
+            raise ValueError(f"README.md: expected a record for <!-- {match[1]} -->, got {', '.join(found)}")
+        return f"<!-- {match[1]} -->\n{found[match[1]]}\n<!-- /{match[1]} -->"
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", new, text, flags=re.DOTALL)
+
+
+def rebuild(results=ROOT / "results", root=ROOT):
+    """Write README.md and docs/*.svg anew from the records."""
+    records, readme = load(results), root / "README.md"
+    readme.write_text(filled(readme.read_text(encoding="utf-8"), texts(records)), encoding="utf-8")
+    for name, svg in figures(records).items():
+        (root / "docs" / f"{name}.svg").write_text(svg, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(rebuild())
