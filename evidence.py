@@ -441,13 +441,14 @@ def paired(found, cells, swept):
     """The rows of one seed, each with its difference to DPO: the one with the same value of the swept option."""
     def at(row):
         return row["dose"] if swept == "dose" else row["options"].get(swept, getattr(train.Config, swept or "", None))
+    def is_dpo(row):
+        return row["method"] == "dpo" and row["control"] in ("", "noise")
     of = [found[key(cell)] for cell in cells]
-    dpo = {at(row): each["reward"] for row, each in reversed(of) if row["method"] == "dpo" and row["control"] in ("", "noise")
-           and "reward" in each}
+    dpo = {at(row): each["reward"] for row, each in reversed(of) if is_dpo(row) and "reward" in each}
     rows = []
     for row, each in of:
         base = dpo.get(at(row))
-        if base is not None and each.get("reward") not in (None, base):
+        if base and "reward" in each and not is_dpo(row):
             row = train.against_dpo(row, *(torch.tensor(x, dtype=torch.double) for x in (each["reward"], base)))
         rows.append(row)
     return rows
