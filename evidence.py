@@ -34,7 +34,7 @@ import train
 from figures import choices, rebuild, without_setting
 from tvkd import dpo_loss, sequence_logps
 
-SEEDS, SWEEP_SEEDS, TUNING_SEEDS, SPLITS = range(8), range(6), (100, 101), range(5)
+SEEDS, SWEEP_SEEDS, TUNING_SEEDS, SPLITS = range(8), range(5), (100, 101), range(5)
 GRID = [(("steps", steps), ("lr", lr)) for steps in (60, 120) for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
 
 
@@ -61,7 +61,7 @@ IMPLICIT, LOGITS = ("implicit", "value"), ("logits", "hold")
 TUNED = [Cell("bc"), Cell("kd"), Cell("dpo"), Cell("tvkd", *IMPLICIT), Cell("tvkd", *LOGITS),
          Cell("dpo", control="beta", options=(("beta", 0.5),)), Cell("dpo", *IMPLICIT, "relabel"), Cell("dpo", *IMPLICIT, "soft"),
          Cell("kd+tvkd", *IMPLICIT), Cell("kd", control="top", dose=1), Cell("kd", options=(("student_pairs", 1),))]
-BC, KD, DPO, TVKD, PAPER, *_ = TUNED
+BC, KD, DPO, TVKD, PAPER, _, _, SOFT, _, TOP, FEW = TUNED
 TUNE = (TUNING_SEEDS, [with_options(cell, **dict(setting))._replace(split="val") for cell in TUNED for setting in GRID], None)
 OTHER = Cell("tvkd", *IMPLICIT, "vocabulary", options=(("teacher_tokenizer", "384"),))
 SHUFFLED, PLUS = Cell("tvkd", *IMPLICIT, "shuffled"), Cell("tvkd", *IMPLICIT, "plus", options=(("alpha", -1.0),))
@@ -69,34 +69,33 @@ ZERO, OTHER_BC = Cell("tvkd", "implicit", "zero"), Cell("bc", control="vocabular
 LIKE = {SHUFFLED: TVKD, PLUS: TVKD, OTHER: TVKD, OTHER_BC: BC, ZERO: DPO}          # the same settings: to differ in one thing
 
 
-def experiments(pick):
-    """-> name: (seeds, cells, the option that is swept, whose equals are compared)."""
-    tvkd, dpo, kd, soft = pick(TVKD), pick(DPO), pick(KD), pick(Cell("dpo", *IMPLICIT, "soft"))
-    top, few = pick(Cell("kd", control="top", dose=1)), pick(Cell("kd", options=(("student_pairs", 1),)))
+def experiments(pick, preferences=None):
+    """-> name: (seeds, cells, the option that is swept, whose equals are compared). preferences: the file of `real`."""
+    tvkd, dpo, kd, soft, paper = map(pick, (TVKD, DPO, KD, SOFT, PAPER))
 
     def sweep(cells, option, values):
         return [with_options(cell, **{option: value}) for value in values for cell in cells]
-    return {
+    found = {
         "main": (SEEDS, [Cell("teacher"), Cell("sft"), *map(pick, (*TUNED, *LIKE))], None),
-        "values": (SEEDS, [Cell("values", *kind, split=part) for kind in (IMPLICIT, LOGITS) for part in ("train", "test")], None),
+        "values": (SEEDS, [Cell("values", *kind, split=part) for kind in (IMPLICIT, LOGITS) for part in ("train", "test")], None)}
+    if preferences:
+        # The defaults of --data, not tuned; a seed is another split of the same pairs.
+        found["real"] = (SPLITS, [with_options(cell, data=preferences) for cell in (
+            Cell("sft"), Cell("dpo"), Cell("tvkd", *IMPLICIT), Cell("tvkd", *LOGITS))], None)
+    return found | {
+        "gauge": (SWEEP_SEEDS, [dpo, tvkd, paper] + [cell._replace(control="gauge", dose=dose)
+                                                     for cell in (tvkd, paper) for dose in (-0.5, 0.5)], None),
         "alpha": (SWEEP_SEEDS, [dpo, *sweep([tvkd], "alpha", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0))], None),
         "pairs": (SWEEP_SEEDS, sweep([dpo, tvkd, kd], "student_pairs", (100, 300, 1000, 3000)), "student_pairs"),
-        "width": (SWEEP_SEEDS, sweep([Cell("sft"), dpo, tvkd, kd], "student_width", (16, 32, 48, 96)), "student_width"),
+        "bytes": (SWEEP_SEEDS, [dpo, tvkd, soft, *(pick(TOP)._replace(dose=k) for k in (1, 4, 16)),
+                                *sweep([pick(FEW)], "student_pairs", (1, 3, 10)),
+                                *sweep([kd], "student_pairs", (30, 100, 300))], None),
         "noise": (SWEEP_SEEDS, [dpo, tvkd] + [cell._replace(control="noise", dose=dose) for dose in (0.1, 0.2, 0.3, 0.4)
-                                               for cell in (dpo, tvkd)], "dose"),
+                                              for cell in (dpo, tvkd)], "dose"),
         "frontier": (SWEEP_SEEDS, sweep([dpo, tvkd, soft], "beta", (0.25, 0.5, 1.0, 2.0, 4.0)), "beta"),
         "length": (SWEEP_SEEDS, sweep([dpo, tvkd], "steps", (15, 30, 60, 120, 240, 480)), "steps"),
-        "bytes": (SWEEP_SEEDS, [dpo, tvkd, soft, *(top._replace(dose=k) for k in (1, 4, 16)),
-                                *sweep([few], "student_pairs", (1, 3, 10)), *sweep([kd], "student_pairs", (30, 100, 300))], None),
-        "gauge": (SWEEP_SEEDS, [dpo, tvkd, pick(PAPER)] + [cell._replace(control="gauge", dose=dose)
-                                                           for cell in (tvkd, pick(PAPER)) for dose in (-0.5, 0.5)], None),
+        "width": (SWEEP_SEEDS, sweep([Cell("sft"), dpo, tvkd, kd], "student_width", (16, 32, 48, 96)), "student_width"),
     }
-
-
-def real(path):
-    """Real preferences: the defaults of --data, other splits of the same pairs."""
-    return SPLITS, [with_options(cell, data=path) for cell in (Cell("sft"), Cell("dpo"), Cell("tvkd", *IMPLICIT),
-                                                               Cell("tvkd", *LOGITS))], None
 
 
 def picker(record):
@@ -443,13 +442,18 @@ def paired(found, cells, swept):
         return row["dose"] if swept == "dose" else row["options"].get(swept, getattr(train.Config, swept or "", None))
     def is_dpo(row):
         return row["method"] == "dpo" and row["control"] in ("", "noise")
+
     of = [found[key(cell)] for cell in cells]
-    dpo = {at(row): each["reward"] for row, each in reversed(of) if is_dpo(row) and "reward" in each}
+    dpo = {at(row): (row, each) for row, each in reversed(of) if is_dpo(row)}
     rows = []
     for row, each in of:
-        base = dpo.get(at(row))
-        if base and "reward" in each and not is_dpo(row):
-            row = train.against_dpo(row, *(torch.tensor(x, dtype=torch.double) for x in (each["reward"], base)))
+        base, base_each = dpo.get(at(row), (row, {}))
+        if each:
+            row = {**row, "acc_vs_dpo": None}
+        if base_each and base_each is not each:
+            row["acc_vs_dpo"] = row["pref_acc"] - base["pref_acc"]
+            if "reward" in each:
+                row = train.against_dpo(row, *(torch.tensor(x["reward"], dtype=torch.double) for x in (each, base_each)))
         rows.append(row)
     return rows
 
@@ -465,9 +469,7 @@ def main(argv=None):
     options.results.mkdir(parents=True, exist_ok=True)
     if not options.rebuild:
         run({"tune": TUNE}, options.results, options.jobs)
-        plan = experiments(picker(json.loads((options.results / "tune.json").read_text(encoding="utf-8"))))
-        if options.data:
-            plan["real"] = real(options.data)
+        plan = experiments(picker(json.loads((options.results / "tune.json").read_text(encoding="utf-8"))), options.data)
         unknown = set(options.names) - set(plan) - {"tune"}
         if unknown:
             parser.error(f"expected some of {', '.join(plan)} (and real, with --data), got {min(unknown)}")

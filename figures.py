@@ -22,7 +22,9 @@ ROOT = Path(__file__).parent
 CONTROLS = {"shuffled": "psi of other pairs", "plus": "plus sign", "beta": "beta / 2", "relabel": "teacher's labels",
             "soft": "teacher's soft labels", "vocabulary": "another vocabulary"}
 NAMES = {"value": "tvkd implicit/value", "hold": "tvkd logits/hold", "zero": "tvkd implicit/zero"}
+LINES = ("dpo", "tvkd implicit/value", "kd", "dpo, teacher's soft labels", "sft", "kd, fewer pairs", "kd, fewer probabilities")
 COLUMNS = (("true reward", "reward", ".2f"), ("minus DPO", "vs_dpo", "+.2f"), ("accuracy, labels", "pref_acc", ".3f"),
+           ("minus DPO", "acc_vs_dpo", "+.3f"),
            ("accuracy, truth", "true_acc", ".3f"), ("KL", "kl", ".2f"), ("tokens", "length", ".1f"))
 
 
@@ -91,7 +93,9 @@ def settings(record):
 def comparison(record):
     """A line a setting, over all seeds."""
     lines, of_name = [], grouped(record["rows"])
-    columns = [column for column in COLUMNS if any(row[column[1]] is not None for row in record["rows"])]   # real data: no reward
+    truth_known = any(row["reward"] is not None for row in record["rows"])
+    columns = [column for column in COLUMNS if column[1] not in (
+        ("acc_vs_dpo",) if truth_known else ("reward", "vs_dpo", "true_acc"))]
     for name, rows in of_name.items():
         stored = "-" if name == "teacher" else f"{statistics.fmean(row['bytes'] for row in rows):.3g}"
         lines.append([name, *(cell(rows, key, form) for _, key, form in columns), stored])
@@ -156,13 +160,16 @@ def figure(lines, title, x_title, y_title, x_log=False, marks=()):
     low = min(y - (half or 0) for _, y, half in points)
     high = max(y + (half or 0) for _, y, half in points)
     forward = math.log if x_log else float
-    x, y = scale(forward(min(xs)), forward(max(xs)), 48, 330), scale(low, high, 226, 34)
+    x, y = scale(forward(min(xs)), forward(max(xs)), 48, 330), scale(low, high, 226, 46)
     parts = [f'<path class="grid" d="M48 {y(t):.1f}H330"/><text class="right" x="42" y="{y(t) + 4:.1f}">{t:g}</text>'
              for t in ticks(low, high)]
-    at = sorted(set(xs)) if x_log or len(set(xs)) < 8 else ticks(min(xs), max(xs))
+    at = sorted(set(xs)) if len(set(xs)) < 8 else ticks(min(xs), max(xs))
+    if x_log and len(set(xs)) >= 8:
+        at = [10.0 ** k for k in range(math.ceil(math.log10(min(xs))), math.floor(math.log10(max(xs))) + 1)]
     parts += [f'<text class="middle" x="{x(forward(t)):.1f}" y="246">{t:g}</text>' for t in at]
     ends = {}
-    for colour, (name, line) in zip(COLOURS, lines.items()):
+    for name, line in lines.items():
+        colour = COLOURS[LINES.index(name)]
         places = [(x(forward(a)), y(b), half) for a, b, half in line]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in places)
         bars = "".join(f'<path d="M{a:.1f} {b - y(0) + y(half):.1f}V{b + y(0) - y(half):.1f}"/>' for a, b, half in places if half)

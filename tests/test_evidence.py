@@ -62,7 +62,7 @@ def test_soft_labels_away_from_the_reference(models):
 
 
 def test_top_k_kd_by_hand():
-    """Teacher (1/2, 1/4, 1/4), student (1/4, 1/4, 1/2). Of the whole vocabulary, 1/2 ln 2 + 0 + 1/4 ln 1/2 = 1/4 ln 2, as kd_loss.
+    """Teacher (1/2, 1/4, 1/4), student (1/4, 1/4, 1/2). Of the whole vocabulary, as kd_loss: 1/2 ln 2 + 1/4 ln 1/2 = 1/4 ln 2.
     Of one stored token and the rest, (1/2, 1/2) against (1/4, 3/4): 1/2 ln 2 + 1/2 ln 2/3 = 1/2 ln 4/3. A state outside the mask
     and the last one have no part."""
     teacher, student = (torch.tensor(p).log().expand(1, 3, 3).clone() for p in ([0.5, 0.25, 0.25], [0.25, 0.25, 0.5]))
@@ -105,9 +105,9 @@ def test_stored_bytes_by_hand():
     pair: 8/10; a bit a pair: 2/8/10; 400 a token; the same of half the tokens: 200; one id and one half float: 4."""
     pairs = [data.Pair([1], [2, 0], [3, 4, 0])] * 2
     for cell, of, expected in ((Cell("tvkd", "implicit", "value"), 2, 1.6), (Cell("dpo", "implicit", "value", "soft"), 2, 0.8),
-                               (Cell("dpo", "implicit", "value", "relabel"), 2, 0.025), (Cell("kd"), 2, 400), (Cell("kd"), 1, 200),
-                               (Cell("kd", control="top", dose=1), 2, 4), (Cell("bc"), 2, 2), (Cell("dpo"), 2, 0),
-                               (Cell("kd+tvkd", "implicit", "value"), 2, 401.6)):
+                               (Cell("dpo", "implicit", "value", "relabel"), 2, 0.025), (Cell("kd"), 2, 400),
+                               (Cell("kd"), 1, 200), (Cell("kd", control="top", dose=1), 2, 4), (Cell("bc"), 2, 2),
+                               (Cell("dpo"), 2, 0), (Cell("kd+tvkd", "implicit", "value"), 2, 401.6)):
         assert evidence.stored_bytes(cell, pairs[:of], pairs, 100) == pytest.approx(expected), cell
 
 
@@ -117,8 +117,8 @@ def test_words_by_hand():
     psi = [0.5, 0.0, -1.5, 0.0, 9.0, 1.0, 9.0, -2.0, 9.0, 9.0]
     found = evidence.by_kind("Describe the cat: red, small.", " Ugh, fine. The cat is blue.", pieces, psi)
     assert sorted(found) == [("right", 1.0), ("rude", -1.0), ("wrong", -2.0)]
-    assert evidence.by_kind("the cat: red", " The cat is red. Have a nice day.", [" The", " cat is red.", " Have a", " nice day.", ""],
-                            [1.0, 2.0, 3.0, 4.0, 5.0]) == [("polite", 7.0)]
+    pieces = [" The", " cat is red.", " Have a", " nice day.", ""]
+    assert evidence.by_kind("the cat: red", " The cat is red. Have a nice day.", pieces, [1, 2, 3, 4, 5]) == [("polite", 7.0)]
 
 
 # --- choosing, pairing, resuming -------------------------------------------------------------------------------------------
@@ -143,16 +143,17 @@ def test_difference_is_to_dpo_at_the_same_x():
     """TVKD on 100 pairs is compared with DPO on 100 pairs: (3 + 4)/2 - (1 + 1)/2 = 2.5; on 300, the default, with DPO on 300."""
     cells = [evidence.with_options(Cell(method), student_pairs=n) for n in (100, 300) for method in ("dpo", "tvkd")]
     rewards = [(1.0, 1.0), (3.0, 4.0), (2.0, 4.0), (5.0, 5.0)]
-    found = {evidence.key(cell): ({**evidence.as_row(cell), "reward": sum(x) / 2}, {"reward": list(x)})
+    found = {evidence.key(cell): ({**evidence.as_row(cell), "reward": sum(x) / 2, "pref_acc": x[0] / 8}, {"reward": list(x)})
              for cell, x in zip(cells, rewards)}
     rows = evidence.paired(found, cells, "student_pairs")
     assert [row.get("vs_dpo") for row in rows] == [None, 2.5, None, 2.0]
+    assert [row["acc_vs_dpo"] for row in rows] == [None, 2 / 8, None, 3 / 8]
 
 
 def test_runs_go_on_where_they_were(tmp_path, monkeypatch):
     """Two processes, two seeds, three cells: strict TVKD equals DPO in every number. With the record gone and the last line of
     one seed cut in two, as by a kill, the same rows come back, and that one cell alone is trained again."""
-    cells = [Cell("dpo", options=TINY), Cell("tvkd", "implicit", "zero", options=TINY), Cell("tvkd", "implicit", "value", options=TINY)]
+    cells = [Cell("dpo", options=TINY), *(Cell("tvkd", "implicit", end, options=TINY) for end in ("zero", "value"))]
     plan = {"tiny": ((0, 1), cells, None)}
     evidence.run(plan, tmp_path, jobs=2)
     record = json.loads((tmp_path / "tiny.json").read_text(encoding="utf-8"))
@@ -243,16 +244,16 @@ def test_filled_by_hand():
 
 def test_comparison_by_hand():
     """Two seeds: mean 2, half-width 12.706 * sqrt(2) / sqrt(2) = 12.71 at a standard deviation of sqrt(2)."""
-    row = {"method": "tvkd", "value": "implicit", "terminal": "value", "control": "shuffled", "dose": 0.0, "options": {}, "bytes": 0.25,
-           "vs_dpo": None, "pref_acc": 0.5, "true_acc": 0.5, "kl": 1.0, "length": 15.0}
+    row = {"method": "tvkd", "value": "implicit", "terminal": "value", "control": "shuffled", "dose": 0.0, "options": {},
+           "bytes": 0.25, "vs_dpo": None, "pref_acc": 0.5, "true_acc": 0.5, "kl": 1.0, "length": 15.0}
     rows = [{**row, "seed": 0, "reward": 1.0}, {**row, "seed": 1, "reward": 3.0}]
     line = figures.comparison({"rows": rows}).splitlines()[-1]
-    assert line == ("| tvkd implicit/value, psi of other pairs | 2.00 ± 12.71 | 0.500 ± 0.000 | 0.500 ± 0.000 | 1.00 ± 0.00 | "
-                    "15.0 ± 0.0 | 0.25 |")
+    assert line == ("| tvkd implicit/value, psi of other pairs | 2.00 \u00b1 12.71 | - | 0.500 \u00b1 0.000 | 0.500 \u00b1 0.000 | "
+                    "1.00 \u00b1 0.00 | 15.0 \u00b1 0.0 | 0.25 |")
 
 
 def test_figure_by_hand():
-    """x from 0 to 2 is 48 to 330 pixels, y from 1 (a bar reaches to 1) to 3 is 226 to 34: the point (1, 2) at 189, 130, the bar
-    of half-width 1 at x = 0, y = 2 from 34 to 226."""
-    svg = figures.figure({"a": [(0.0, 2.0, 1.0), (1.0, 2.0, None), (2.0, 3.0, None)]}, "t", "x", "y")
-    assert 'points="48.0,130.0 189.0,130.0 330.0,34.0"' in svg and '<path d="M48.0 34.0V226.0"/>' in svg
+    """x from 0 to 2 is 48 to 330 pixels, y from 1 (a bar reaches to 1) to 3 is 226 to 46: the point (1, 2) at 189, 136, the bar
+    of half-width 1 at x = 0, y = 2 from 46 to 226."""
+    svg = figures.figure({"dpo": [(0.0, 2.0, 1.0), (1.0, 2.0, None), (2.0, 3.0, None)]}, "t", "x", "y")
+    assert 'points="48.0,136.0 189.0,136.0 330.0,46.0"' in svg and '<path d="M48.0 46.0V226.0"/>' in svg
