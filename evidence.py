@@ -1,11 +1,11 @@
 """When does the teacher's value help, by how much, and what does it know? Every table and figure of README "Results".
 
-    python evidence.py                      run whatever the records in results/ still lack, then rebuild tables and figures
+    python evidence.py                      run whatever the records in results/ still lack, and print the tables
     python evidence.py main alpha           these experiments only (and `tune`, from which they take their settings)
-    python evidence.py --rebuild            tables and figures from the records alone; nothing is trained
-    python evidence.py --results=FOLDER     records of your own in another folder: a repetition from nothing, or other seeds
+    python evidence.py --results=FOLDER     records of your own in another folder: everything again, from nothing
+    python figures.py                       rebuild the README's tables and figures from results/
 
-A *cell* is one student of one seed, or one measurement on its teacher. Each finished cell is kept at once in work/seedN of the
+A *cell* is one student of one seed, or one measurement on its teacher. Each finished cell is kept at once in work/ of the
 results folder (not committed), so that a run which was stopped goes on where it was, and a cell that two experiments share is
 trained once. The record of an experiment, results/NAME.json, has a row for each (cell, seed) and what produced it. Seeds go to
 --jobs processes of one thread each, so the numbers do not depend on how many there are.
@@ -18,11 +18,16 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
+import signal
 import sys
 import time
+from collections import Counter
 from contextlib import redirect_stdout
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +36,7 @@ import torch.nn.functional as F
 
 import data
 import train
-from figures import choices, rebuild, without_setting
+from figures import choices, load, tables, without_setting
 from tvkd import dpo_loss, sequence_logps
 
 SEEDS, SWEEP_SEEDS, TUNING_SEEDS, SPLITS = range(8), range(5), (100, 101), range(5)
@@ -61,8 +66,10 @@ IMPLICIT, LOGITS = ("implicit", "value"), ("logits", "hold")
 TUNED = [Cell("bc"), Cell("kd"), Cell("dpo"), Cell("tvkd", *IMPLICIT), Cell("tvkd", *LOGITS),
          Cell("dpo", control="beta", options=(("beta", 0.5),)), Cell("dpo", *IMPLICIT, "relabel"), Cell("dpo", *IMPLICIT, "soft"),
          Cell("kd+tvkd", *IMPLICIT), Cell("kd", control="top", dose=1), Cell("kd", options=(("student_pairs", 1),))]
-BC, KD, DPO, TVKD, PAPER, _, _, SOFT, _, TOP, FEW = TUNED
-TUNE = (TUNING_SEEDS, [with_options(cell, **dict(setting))._replace(split="val") for cell in TUNED for setting in GRID], None)
+BC, KD, DPO, TVKD, PAPER, _, _, SOFT, _, TOP, _ = TUNED
+FEW = [Cell("kd", options=(("student_pairs", n),)) for n in (1, 10, 30)]
+TUNE = (TUNING_SEEDS, [with_options(cell, **dict(setting))._replace(split="val")
+                       for cell in dict.fromkeys((*TUNED, *FEW)) for setting in GRID], None)
 OTHER = Cell("tvkd", *IMPLICIT, "vocabulary", options=(("teacher_tokenizer", "384"),))
 SHUFFLED, PLUS = Cell("tvkd", *IMPLICIT, "shuffled"), Cell("tvkd", *IMPLICIT, "plus", options=(("alpha", -1.0),))
 ZERO, OTHER_BC = Cell("tvkd", "implicit", "zero"), Cell("bc", control="vocabulary", options=OTHER.options)
@@ -88,8 +95,7 @@ def experiments(pick, preferences=None):
         "alpha": (SWEEP_SEEDS, [dpo, *sweep([tvkd], "alpha", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0))], None),
         "pairs": (SWEEP_SEEDS, sweep([dpo, tvkd, kd], "student_pairs", (100, 300, 1000, 3000)), "student_pairs"),
         "bytes": (SWEEP_SEEDS, [dpo, tvkd, soft, *(pick(TOP)._replace(dose=k) for k in (1, 4, 16)),
-                                *sweep([pick(FEW)], "student_pairs", (1, 3, 10)),
-                                *sweep([kd], "student_pairs", (30, 100, 300))], None),
+                                *map(pick, FEW), *sweep([kd], "student_pairs", (100, 300))], None),
         "noise": (SWEEP_SEEDS, [dpo, tvkd] + [cell._replace(control="noise", dose=dose) for dose in (0.1, 0.2, 0.3, 0.4)
                                               for cell in (dpo, tvkd)], "dose"),
         "frontier": (SWEEP_SEEDS, sweep([dpo, tvkd, soft], "beta", (0.25, 0.5, 1.0, 2.0, 4.0)), "beta"),
@@ -112,6 +118,9 @@ def picker(record):
 # ---------------------------------------------------------------------------------------------------------------------------
 # One cell
 
+TEXTS = ("data", "tokenizer", "vocab_size", "block_size", "train_pairs", "val_pairs", "test_pairs")      # what ids depend on
+
+
 class Bench:
     """Models and setups of one seed, trained when first asked for and kept in the seed's folder."""
 
@@ -126,17 +135,16 @@ class Bench:
 
     def setup(self, cell):
         config = self.config(cell)
-        texts = config.data, config.teacher_tokenizer
+        texts = tuple(getattr(config, name) for name in (*TEXTS, "teacher_tokenizer"))
         if texts not in self.setups:
             self.setups[texts] = train.prepare(replace(config, student_pairs=0), self.seed, torch.device("cpu"))
         return self.setups[texts]._replace(config=config)
 
     def model(self, stage, setup):
         """ "teacher-sft", "teacher-dpo" or "student-sft" of this setup. Its file is named after all it depends on."""
-        who, shared = stage.split("-")[0], ("data", "tokenizer", "vocab_size", "block_size", "train_pairs", "batch_size",
-                                            "val_pairs", "test_pairs")
-        depends = {name: value for name, value in asdict(setup.config).items()
-                   if name in shared or name.startswith(f"{who}_") and name != "student_pairs"}
+        who = stage.split("-")[0]
+        depends = {name: value for name, value in asdict(setup.config).items() if name in (*TEXTS, "batch_size")
+                   or name.startswith(f"{who}_") and name != "student_pairs" or name == "teacher_tokenizer" and value}
         digest = hashlib.sha256(json.dumps([stage, torch.__version__, depends], sort_keys=True).encode()).hexdigest()[:12]
         path = self.folder / f"{stage}-{digest}.pt"
         if not path.exists():
@@ -153,14 +161,14 @@ class Bench:
 class Gauge(torch.nn.Module):
     """A model with c(s_t) = slope * t added to every logit of state s_t: the same policy, another "value".
 
-    In float64, where the sum is exact, so that the policy is the very same bits.
+    In float64 and with logits rounded to multiples of 2^-30, so that the sum is exact and the policy the very same bits.
     """
     def __init__(self, model, slope):
         super().__init__()
         self.model, self.slope = model, slope
 
     def forward(self, tokens):
-        logits = self.model(tokens).double()                                        # (B, T+1, V)
+        logits = (self.model(tokens).double() * 2 ** 30).round() / 2 ** 30                         # (B, T+1, V)
         return logits + self.slope * torch.arange(tokens.shape[1]).view(1, -1, 1)
 
 
@@ -196,16 +204,6 @@ def top_k_kd_loss(student_logits, teacher_logits, mask, k):
     return (teacher * (teacher.log() - student.log())).sum(-1).mean()
 
 
-def top_k_distillation(model, teacher, pairs, k):
-    """loss_of for KL distillation from k stored probabilities a token."""
-    def loss_of(ids):
-        tokens, mask = data.collate(train.both_responses([pairs[i] for i in ids]))
-        with torch.no_grad():
-            teacher_logits = teacher(tokens)
-        return top_k_kd_loss(model(tokens), teacher_logits, mask, k), {}, tokens.numel()
-    return loss_of
-
-
 def together(first, second):
     """loss_of for the sum of two losses."""
     def loss_of(ids):
@@ -217,12 +215,12 @@ def together(first, second):
 def trained(cell, setup, bench):
     """The student of one cell -> (model, bytes of teacher signal stored per response token).
 
-    Controls: "shuffled" psi of another pair; "plus" (alpha = -1) the wrong sign; "beta" DPO at beta / (1 + alpha); "relabel" DPO,
-    labels by the sign of the difference of summed psi; "soft" DPO, labels by its sigmoid; "noise" a share `dose` of labels
-    turned round, the teacher's own training untouched; "gauge" c(s) of slope `dose` in the teacher's logits; "top" KD from
-    `dose` probabilities a token; "vocabulary" another tokenizer for the teacher.
+    Controls: "shuffled" psi of another pair, chosen and rejected in their places; "plus" (alpha = -1) the wrong sign; "beta" DPO at
+    beta / (1 + alpha); "relabel" DPO, labels by the sign of the difference of summed psi; "soft" DPO, labels by its sigmoid;
+    "noise" a share `dose` of labels turned round, the teacher's own training untouched; "gauge" c(s) of slope `dose` in the
+    teacher's logits; "top" KD from `dose` probabilities a token; "vocabulary" another tokenizer for the teacher.
     """
-    config, generator = setup.config, torch.Generator().manual_seed(setup.seed)
+    config, generator = setup.config, torch.Generator().manual_seed(setup.seed + 2 ** 32)           # not that of the batches
     ref = bench.model("student-sft", setup)
     if cell.method == "sft":
         return ref, 0.0
@@ -232,12 +230,14 @@ def trained(cell, setup, bench):
     if cell.method in ("bc", "kd", "kd+tvkd") or cell.value:
         teacher, teacher_ref = (bench.model(stage, setup) for stage in ("teacher-dpo", "teacher-sft"))
     if cell.control == "gauge":
-        plain, (teacher, teacher_ref) = teacher, (Gauge(model, cell.dose) for model in (teacher, teacher_ref))
-        check_same_policy(plain, teacher, teacher_pairs, config.batch_size)
+        for model in (teacher, teacher_ref):
+            check_same_policy(Gauge(model, 0.0), Gauge(model, cell.dose), teacher_pairs, config.batch_size)
+        teacher, teacher_ref = (Gauge(model, cell.dose) for model in (teacher, teacher_ref))
     if cell.value:
         psi = train.summed_psi(cell.value, cell.terminal, teacher, teacher_ref, teacher_pairs, setup.teachers)     # (2, pairs)
     if cell.control == "shuffled":
-        psi = psi[:, torch.randperm(len(pairs), generator=generator)]
+        order = torch.randperm(len(pairs), generator=generator)
+        psi = psi[:, torch.empty_like(order).scatter(0, order, order.roll(1))]      # one cycle: no pair keeps its own
     if cell.control == "noise":
         turned = torch.rand(len(pairs), generator=generator) < cell.dose
         pairs, ref_logps, psi = swapped(turned, pairs, ref_logps, psi)
@@ -248,7 +248,7 @@ def trained(cell, setup, bench):
     if cell.control == "soft":
         loss_of = soft_preference(policy, pairs, ref_logps, config.beta, torch.sigmoid(psi[0] - psi[1]))
     elif cell.control == "top":
-        loss_of = top_k_distillation(policy, teacher, pairs, int(cell.dose))
+        loss_of = train.distillation(policy, teacher, pairs, setup.device, partial(top_k_kd_loss, k=int(cell.dose)))
     elif cell.method == "kd+tvkd":
         loss_of = together(*(train.student_loss(method, policy, pairs, ref_logps, setup, teacher, psi)
                              for method in ("kd", "tvkd")))
@@ -256,7 +256,7 @@ def trained(cell, setup, bench):
         psi_of = psi if cell.method == "tvkd" else None
         loss_of = train.student_loss(cell.method, policy, pairs, ref_logps, setup, teacher, psi_of)
     with open(bench.folder / "log.jsonl", "a", encoding="utf-8") as log_file:
-        train.fit(cell.method, policy, loss_of, len(pairs), config.steps, config.lr, config, setup.seed, log_file)
+        train.fit(key(cell), policy, loss_of, len(pairs), config.steps, config.lr, config, setup.seed, log_file)
     labelled = setup.ids.train[:max(len(pairs), train.Config.student_pairs)]
     return policy, stored_bytes(cell, pairs, labelled, setup.tokenizer.n_vocab)
 
@@ -265,19 +265,22 @@ def check_same_policy(model, moved, pairs, batch_size):
     """Raise unless the two give bit-identical log-probabilities of every response."""
     for _, tokens, mask in train.batches(train.both_responses(pairs), batch_size, torch.device("cpu")):
         with torch.no_grad():
-            one, other = (F.log_softmax(m(tokens).double(), -1)[:, :-1][mask] for m in (model, moved))
+            one, other = (F.log_softmax(m(tokens), -1)[:, :-1][mask] for m in (model, moved))
         if not torch.equal(one, other):
             raise RuntimeError("gauge: expected the same policy, bit for bit")
 
 
 def stored_bytes(cell, pairs, labelled, n_vocab):
-    """Bytes of teacher signal that the loss reads of `pairs`, per response token of all the pairs that DPO learns from."""
+    """Bytes of teacher signal that the loss reads of `pairs`, per response token of all the pairs that DPO learns from.
+
+    For bc as if the teacher's answers were as long as the pair's own.
+    """
     def count(pairs):
         return sum(len(p.chosen) + len(p.rejected) for p in pairs)
-    per_pair = {"relabel": 1 / 8, "soft": 4}.get(cell.control, 8 if cell.value else 0)      # a bit; a float; a float a response
-    per_token = {"bc": 2, "kd": 4 * n_vocab, "kd+tvkd": 4 * n_vocab}.get(cell.method, 0)    # ids of 2 bytes; float32
+    per_pair = 0 if cell.value is None else 1 / 8 if cell.control == "relabel" else 8       # a bit; a float of each response
+    per_token = {"bc": 2, "kd": 4 * n_vocab, "kd+tvkd": 4 * n_vocab}.get(cell.method, 0)    # ids of 2 bytes; floats of 4
     if cell.control == "top":
-        per_token = 4 * cell.dose                                                           # an id and a half-precision number
+        per_token = (2 + 4) * cell.dose                                                     # an id and its float
     return (per_pair * len(pairs) + per_token * count(pairs)) / count(labelled)
 
 
@@ -342,12 +345,12 @@ def knows(cell, setup, bench):
 def by_kind(prompt, response, pieces, psi):
     """(kind, psi) of every fact and thing of a toy response, and of its opening and closing as a whole.
 
-    pieces: the tokens as text, EOS last; psi: one number each. Kinds: right, wrong, polite, rude.
+    pieces: the tokens as text, EOS last; psi: one number each. Kinds: right, wrong, polite, rude. (The corpus repeats no fact.)
     """
-    asked, text, at = set(prompt.lower().replace(",", " ").replace(".", " ").replace(":", " ").split()), response.strip(), 0
+    asked, at = re.findall("[a-z]+", prompt.lower()), 0
     spans = [(kind, found, found + len(sentence)) for kind, sentences in (
         ("polite", data.POLITE_OPENINGS + data.POLITE_CLOSINGS), ("rude", data.RUDE_OPENINGS + data.RUDE_CLOSINGS))
-        for sentence in sentences for found in [response.find(sentence)] if found >= 0 and text]
+        for sentence in sentences for found in [response.find(sentence)] if found >= 0]
     totals, kinds = {span: 0.0 for span in spans}, []
     for piece, x in zip(pieces[:-1], psi):
         middle, word, at = at + len(piece) / 2, piece.strip().lower(), at + len(piece)
@@ -366,8 +369,14 @@ def key(cell):
     return json.dumps(cell)
 
 
+def kept(results, seed):
+    """Folder of what is done of a seed: another one for other defaults of train.py or another torch. Code is not looked at."""
+    made = json.dumps([asdict(train.Config()), torch.__version__], sort_keys=True)
+    return results / "work" / hashlib.sha256(made.encode()).hexdigest()[:12] / f"seed{seed}"
+
+
 def done(folder):
-    """What work/seedN/cells.jsonl has: key -> (row, each). A line cut off by a kill is left out, and its cell done again."""
+    """What cells.jsonl in a seed's folder has: key -> (row, each). A line that a kill cut off is left out: done again."""
     found = {}
     path = folder / "cells.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -384,7 +393,7 @@ def work(tasks, results, part):
     torch.set_num_threads(1)
     started, benches = time.perf_counter(), {}
     for number, (seed, cell) in enumerate(tasks, 1):
-        bench = benches.setdefault(seed, Bench(seed, results / "work" / f"seed{seed}"))
+        bench = benches.setdefault(seed, Bench(seed, kept(results, seed)))
         with open(os.devnull, "w", encoding="utf-8") as quiet, redirect_stdout(quiet):
             row, each = measured(cell, bench)
         with open(bench.folder / "cells.jsonl", "a", encoding="utf-8") as file:
@@ -399,15 +408,19 @@ def run(plan, results, jobs):
     """Do the cells that no record and no earlier run has, then write the record of each experiment. plan: as `experiments`."""
     plan = {name: experiment for name, experiment in plan.items() if not complete(results / f"{name}.json", *experiment[:2])}
     tasks = {(seed, cell): None for seeds, cells, _ in plan.values() for seed in seeds for cell in cells}
-    have = {seed: done(results / "work" / f"seed{seed}") for seed in {seed for seed, _ in tasks}}
+    have = {seed: done(kept(results, seed)) for seed in {seed for seed, _ in tasks}}
     tasks = [(seed, cell) for seed, cell in tasks if key(cell) not in have[seed]]
-    seeds = list(dict.fromkeys(seed for seed, _ in tasks))                  # a seed belongs to one process: it trains the teacher
-    parts = [[task for task in tasks if task[0] in seeds[i::jobs]] for i in range(jobs)]
+    # A seed belongs to one process, which trains its teacher; the seeds of many cells are dealt out first, for equal loads.
+    count, loads = Counter(seed for seed, _ in tasks), [[] for _ in range(jobs)]
+    for seed in sorted(count, key=count.get, reverse=True):
+        min(loads, key=lambda load: sum(count[s] for s in load)).append(seed)
+    parts = [[task for task in tasks if task[0] in load] for load in loads]
     if tasks:
-        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            pool.starmap(work, [(part, results, i + 1) for i, part in enumerate(parts)], chunksize=1)
+        context, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+        with ProcessPoolExecutor(jobs, context, signal.signal, ignore) as pool:
+            list(pool.map(work, parts, [results] * jobs, range(1, jobs + 1)))
     for name, (seeds, cells, swept) in plan.items():
-        rows = [row for seed in seeds for row in paired(done(results / "work" / f"seed{seed}"), cells, swept)]
+        rows = [row for seed in seeds for row in paired(done(kept(results, seed)), cells, swept)]
         record = {"experiment": name, "made": {"torch": torch.__version__, "python": platform.python_version(),
                                                "machine": machine(), "threads": 1},
                   "seconds": round(sum(row["seconds"] for row in rows)), "options": asdict(train.Config()), "rows": rows}
@@ -419,11 +432,14 @@ def run(plan, results, jobs):
 
 
 def complete(path, seeds, cells):
-    """Whether a record has a row for every cell and seed of its experiment."""
+    """Whether a record has a row for every cell and seed of its experiment, made with the defaults that train.py has now."""
     if not path.exists():
         return False
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return {(row["seed"], identity(row)) for row in rows} == {(seed, identity(as_row(cell))) for seed in seeds for cell in cells}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(asdict(train.Config())))
+    wanted = {(seed, identity(as_row(cell))) for seed in seeds for cell in cells}
+    return ({(row["seed"], identity(row)) for row in record["rows"]} == wanted
+            and all(now.get(name, value) == value for name, value in record["options"].items()))
 
 
 def as_row(cell):
@@ -441,7 +457,7 @@ def paired(found, cells, swept):
     def at(row):
         return row["dose"] if swept == "dose" else row["options"].get(swept, getattr(train.Config, swept or "", None))
     def is_dpo(row):
-        return row["method"] == "dpo" and row["control"] in ("", "noise")
+        return row["method"] == "dpo" and row["control"] in ("", "noise") and row["split"] == "test"
 
     of = [found[key(cell)] for cell in cells]
     dpo = {at(row): (row, each) for row, each in reversed(of) if is_dpo(row)}
@@ -460,21 +476,39 @@ def paired(found, cells, swept):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="experiments to run; none: all but `real`")
-    parser.add_argument("--rebuild", action="store_true", help="tables and figures only")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
-    parser.add_argument("--data", help="JSONL file of preferences for the experiment `real`")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread each")
+    parser.add_argument("names", nargs="*", help="experiments; none: all, and with --data also real")
+    parser.add_argument("--data", metavar="FILE", help="JSONL file of preferences, for the experiment real")
+    parser.add_argument("--results", metavar="FOLDER", type=Path, default=Path("results"), help="of records (default: results)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread each (default: one a core)")
     options = parser.parse_args(argv)
-    options.results.mkdir(parents=True, exist_ok=True)
-    if not options.rebuild:
+    known = list(experiments(lambda cell: cell, options.data))
+    if options.jobs < 1:
+        parser.exit(2, f"evidence.py: --jobs: expected at least 1, got {options.jobs}\n")
+    if options.data and options.names and "real" not in options.names:
+        parser.exit(2, "evidence.py: --data: expected real among the experiments, which alone reads it\n")
+    for name in options.names:
+        if name not in (*known, "tune"):
+            parser.exit(2, f"evidence.py: expected some of tune, {', '.join(known)} (and real, with --data), got {name}\n")
+    try:
+        (options.results / "work").mkdir(parents=True, exist_ok=True)
         run({"tune": TUNE}, options.results, options.jobs)
-        plan = experiments(picker(json.loads((options.results / "tune.json").read_text(encoding="utf-8"))), options.data)
-        unknown = set(options.names) - set(plan) - {"tune"}
-        if unknown:
-            parser.error(f"expected some of {', '.join(plan)} (and real, with --data), got {min(unknown)}")
-        run({name: plan[name] for name in plan if name in options.names or not options.names}, options.results, options.jobs)
-    rebuild(options.results)
+        tuned = load(options.results)["tune"]
+        plan = experiments(picker(tuned), options.data)
+        plan = {name: plan[name] for name in plan if name in options.names or not options.names}
+        run(plan, options.results, options.jobs)
+    except FloatingPointError as error:
+        print(f"evidence.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nevidence.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (OSError, data.UserError, ValueError, KeyError) as error:
+        print(f"evidence.py: {error}", file=sys.stderr)
+        return 2
+    records = load(options.results)
+    for name in (*plan, *(("tune",) if "tune" in options.names else ())):
+        for text in tables({name: records[name]}).values():
+            print(f"\n{name}\n{text}")
     return 0
 
 

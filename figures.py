@@ -1,11 +1,12 @@
 """Tables and figures of README "Results", from the records that evidence.py leaves in results/. Nothing is trained.
 
-    python figures.py           rebuild the text between the README's marks <!-- NAME --> and <!-- /NAME -->, and docs/*.svg
+    python figures.py           write what stands between the README's marks <!-- NAME --> and <!-- /NAME --> anew, and docs/*.svg
 
 Every mean is over seeds, every ± a 95% interval of that mean over seeds (Student's t). "Minus DPO" is paired: the difference,
-seed by seed, to DPO with the same teacher, student, pairs, order and prompts.
+seed by seed, to DPO from the same student, on the same pairs and prompts (for KD on fewer pairs: to DPO on all of them).
 """
 
+import argparse
 import io
 import json
 import math
@@ -136,11 +137,13 @@ def three_pairs(record):
 
 
 def sweep_table(record, title, x_of, keys):
-    """A line a value of what is swept, and of each model the columns `keys`, DPO's difference to itself left out."""
-    columns = [(name, key) for name in grouped(record["rows"], plain_name) for key in keys if (name, key) != ("dpo", "vs_dpo")]
-    of_column, lines = {key: (heading, form) for heading, key, form in COLUMNS}, []
-    for x, rows in grouped(record["rows"], x_of).items():
-        by_name = grouped(rows, plain_name)
+    """A line a value of what is swept; of each model that was trained at all of them the columns `keys`."""
+    of_column, at = {key: (heading, form) for heading, key, form in COLUMNS}, grouped(record["rows"], x_of)
+    names = [name for name, rows in grouped(record["rows"], plain_name).items() if len({x_of(row) for row in rows}) > 1]
+    columns = [(name, key) for name in names for key in keys if (name, key) != ("dpo", "vs_dpo")]
+    lines = []
+    for x in sorted(at):
+        by_name = grouped([row for row in at[x] if plain_name(row) in names], plain_name)
         lines.append([f"{x:g}", *(cell(by_name[name], key, of_column[key][1]) for name, key in columns)])
     return markdown([title, *(f"{name}, {of_column[key][0]}" for name, key in columns)], lines)
 
@@ -262,48 +265,58 @@ def figures(records):
 # ---------------------------------------------------------------------------------------------------------------------------
 # The README
 
-def texts(records):
-    """Mark of the README -> what stands there."""
+def tables(records):
+    """Mark of the README -> the text that stands there."""
     found = {name: comparison(records[name]) for name in ("main", "bytes", "gauge", "real") if name in records}
     if "tune" in records:
         found["tune"] = settings(records["tune"])
     if "values" in records:
         found |= {"values": values(records["values"]), "words": words(records["values"]), "psi": three_pairs(records["values"])}
-    for name, (option, title, _, _) in SWEEPS.items():
+    for name, (option, _, x_title, _) in SWEEPS.items():
         if name in records:
             keys = ("reward", "vs_dpo", "kl") if name == "frontier" else ("reward", "vs_dpo")
-            found[name] = sweep_table(records[name], option, option_of(option, records[name]), keys)
-    found["cost"] = cost(records)
+            x_title = "beta" if name == "frontier" else x_title
+            found[name] = sweep_table(records[name], x_title, option_of(option, records[name]), keys)
     return found
 
 
 def cost(records):
     """What the records took to make, and on what."""
-    made = sorted({f"{m['machine']}, torch {m['torch']}" for m in (record["made"] for record in records.values())})
-    total = sum(record["seconds"] for record in records.values())
-    return f"{len(records)} records: {total / 60:.0f} minutes of one thread on {'; '.join(made)}."
+    made = sorted({f"{m['machine']}, Python {m['python']}, torch {m['torch']}" for m in (r["made"] for r in records.values())})
+    minutes = "; ".join(f"{name} {record['seconds'] / 60:.0f}" for name, record in records.items())
+    total = sum(record["seconds"] for record in records.values()) / 60
+    return (f"Minutes of one thread, {total:.0f} in all (a cell that several experiments share counted in each): {minutes}. "
+            f"Machine: {'; '.join(made)}.")
 
 
 def load(results):
+    """Name -> record, of every record in the folder."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
 
 
 def filled(text, found):
-    """The README with what stands between each pair of marks made new. Raises ValueError for a mark of an unknown name."""
+    """The README with what stands between each pair of marks made new. Raises ValueError for a mark that nothing is found for."""
     def new(match):
         if match[1] not in found:
-            raise ValueError(f"README.md: expected a record for <!-- {match[1]} -->, got {', '.join(found)}")
+            raise ValueError(f"README.md: expected a record in results/ for the mark {match[1]}, got {', '.join(found)}")
         return f"<!-- {match[1]} -->\n{found[match[1]]}\n<!-- /{match[1]} -->"
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", new, text, flags=re.DOTALL)
 
 
-def rebuild(results=ROOT / "results", root=ROOT):
-    """Write README.md and docs/*.svg anew from the records."""
-    records, readme = load(results), root / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8"), texts(records)), encoding="utf-8")
-    for name, svg in figures(records).items():
-        (root / "docs" / f"{name}.svg").write_text(svg, encoding="utf-8")
+def main(argv=None, root=ROOT):
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    try:
+        records, readme = load(root / "results"), root / "README.md"
+        text = filled(readme.read_text(encoding="utf-8"), {**tables(records), "cost": cost(records)})
+        drawn = figures(records)
+        readme.write_text(text, encoding="utf-8")
+        for name, svg in drawn.items():
+            (root / "docs" / f"{name}.svg").write_text(svg, encoding="utf-8")
+    except (OSError, ValueError, KeyError) as error:
+        print(f"figures.py: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(rebuild())
+    sys.exit(main())

@@ -282,7 +282,7 @@ def supervised(model, rows, device):
     return loss_of
 
 
-def distillation(model, teacher, pairs, device):
+def distillation(model, teacher, pairs, device, kd_loss=kd_loss):
     """loss_of for KL distillation. The teacher is read live: its logits are V floats per token, too much to keep."""
     def loss_of(ids):
         tokens, mask = data.collate(both_responses([pairs[i] for i in ids]))

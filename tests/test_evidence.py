@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 
 import pytest
 import torch
@@ -86,9 +88,9 @@ def test_gauge_moves_the_logits_value_and_nothing_else(models):
     psi = V(s') - V(s) rises by beta/2 a token: with "value" the sum by beta n/2, with "hold" by beta (n - 1)/2."""
     student, teacher, pairs = models
     rows, moved = train.both_responses(pairs), (evidence.Gauge(student, 0.5), evidence.Gauge(teacher, 0.5))
-    evidence.check_same_policy(teacher, moved[1], pairs, 4)
+    evidence.check_same_policy(evidence.Gauge(teacher, 0.0), moved[1], pairs, 4)
     with pytest.raises(RuntimeError, match="gauge: expected the same policy"):
-        evidence.check_same_policy(teacher, moved[0], pairs, 4)
+        evidence.check_same_policy(evidence.Gauge(teacher, 0.0), moved[0], pairs, 4)
 
     def values(kind, *models):
         return train.cached_values(kind, *models, rows, 2.0, 4, torch.device("cpu"))
@@ -101,12 +103,12 @@ def test_gauge_moves_the_logits_value_and_nothing_else(models):
 
 
 def test_stored_bytes_by_hand():
-    """Two pairs of 2 + 3 tokens each, of which KD may read one. V = 100. A float of 4 bytes a response: 16/10 a token; a float a
-    pair: 8/10; a bit a pair: 2/8/10; 400 a token; the same of half the tokens: 200; one id and one half float: 4."""
+    """Two pairs of 2 + 3 tokens each, of which KD may read one. V = 100. A float of 4 bytes a response: 16/10 a token; a bit
+    a pair: 2/8/10; 400 a token; the same of half the tokens: 200; an id of 2 bytes and its float: 6."""
     pairs = [data.Pair([1], [2, 0], [3, 4, 0])] * 2
-    for cell, of, expected in ((Cell("tvkd", "implicit", "value"), 2, 1.6), (Cell("dpo", "implicit", "value", "soft"), 2, 0.8),
+    for cell, of, expected in ((Cell("tvkd", "implicit", "value"), 2, 1.6), (Cell("dpo", "implicit", "value", "soft"), 2, 1.6),
                                (Cell("dpo", "implicit", "value", "relabel"), 2, 0.025), (Cell("kd"), 2, 400),
-                               (Cell("kd"), 1, 200), (Cell("kd", control="top", dose=1), 2, 4), (Cell("bc"), 2, 2),
+                               (Cell("kd"), 1, 200), (Cell("kd", control="top", dose=1), 2, 6), (Cell("bc"), 2, 2),
                                (Cell("dpo"), 2, 0), (Cell("kd+tvkd", "implicit", "value"), 2, 401.6)):
         assert evidence.stored_bytes(cell, pairs[:of], pairs, 100) == pytest.approx(expected), cell
 
@@ -135,7 +137,7 @@ def test_settings_are_chosen_by_mean_validation_reward():
 
 def test_every_method_has_the_same_tries():
     seeds, cells, _ = evidence.TUNE
-    assert len(evidence.GRID) == len(set(evidence.GRID)) == 10 and len(cells) == 10 * len(evidence.TUNED)
+    assert len(evidence.GRID) == len(set(evidence.GRID)) == 10 and len(cells) == 10 * len({*evidence.TUNED, *evidence.FEW})
     assert all(cell.split == "val" for cell in cells) and not set(seeds) & {*evidence.SEEDS, *evidence.SWEEP_SEEDS}
 
 
@@ -168,7 +170,7 @@ def test_runs_go_on_where_they_were(tmp_path, monkeypatch):
     assert record["made"]["threads"] == 1 and record["options"]["beta"] == 1.0
 
     (tmp_path / "tiny.json").unlink()
-    path = tmp_path / "work" / "seed1" / "cells.jsonl"
+    path = evidence.kept(tmp_path, 1) / "cells.jsonl"
     path.write_text(path.read_text(encoding="utf-8")[:-200], encoding="utf-8")
     again = []
 
@@ -179,11 +181,11 @@ def test_runs_go_on_where_they_were(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "measured", counted)
 
     class Pool:                                             # the same work in this process, where it can be counted
-        def __init__(self, jobs): pass
+        def __init__(self, *args): pass
         def __enter__(self): return self
         def __exit__(self, *args): pass
-        def starmap(self, function, parts, chunksize): [function(*part) for part in parts]
-    monkeypatch.setattr(evidence.multiprocessing, "get_context", lambda how: type("Context", (), {"Pool": Pool}))
+        def map(self, function, *lists): return map(function, *lists)
+    monkeypatch.setattr(evidence, "ProcessPoolExecutor", Pool)
     evidence.run(plan, tmp_path, jobs=1)
     second = json.loads((tmp_path / "tiny.json").read_text(encoding="utf-8"))["rows"]
     assert again == [(1, cells[2])]
@@ -201,11 +203,12 @@ def test_controls_train(tmp_path, monkeypatch):
         kinds[cell[:4]] = cell._replace(options=tuple({**tiny, **own}.items()))
     relabel = kinds.pop(("dpo", "implicit", "value", "relabel"))
     evidence.work([(0, cell) for cell in kinds.values()], tmp_path, 1)
-    found = evidence.done(tmp_path / "work" / "seed0")
+    found = evidence.done(evidence.kept(tmp_path, 0))
     kl = {kind: found[evidence.key(cell)][0].get("kl") for kind, cell in kinds.items() if kind[0] not in ("values", "sft")}
     assert kl.pop(("tvkd", "implicit", "zero", "")) == kl[("dpo", None, None, "")]
-    assert len(kl) > 15 and len(set(kl.values())) == len(kl), kl
-    bench = evidence.Bench(0, tmp_path / "work" / "seed0")
+    assert kl.pop(("tvkd", "implicit", "value", "gauge")) == pytest.approx(kl[("tvkd", "implicit", "value", "")], abs=1e-5)
+    assert len(kl) > 14 and len(set(kl.values())) == len(kl), kl
+    bench = evidence.Bench(0, evidence.kept(tmp_path, 0))
     for chosen, same in ((1.0, True), (-1.0, False)):
         monkeypatch.setattr(train, "summed_psi", lambda *args: torch.tensor([[chosen] * 8, [0.0] * 8]))
         assert (evidence.measured(relabel, bench)[0]["kl"] == kl[("dpo", None, None, "")]) == same
@@ -213,15 +216,31 @@ def test_controls_train(tmp_path, monkeypatch):
 
 # --- the README and its records --------------------------------------------------------------------------------------------
 
-def test_readme_is_rebuilt_from_the_records():
-    """Not a character of a table and not a figure differs from what the records give; every mark has its record."""
-    records = figures.load(ROOT / "results")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert figures.filled(readme, figures.texts(records)) == readme
-    assert all(f"<!-- {name} -->" in readme for name in figures.texts(records))
-    drawn = figures.figures(records)
-    assert all((ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8") == svg for name, svg in drawn.items())
-    assert all(f"docs/{name}.svg" in readme for name in drawn)
+def test_readme_is_rebuilt_from_the_records(tmp_path):
+    """Not a character of a table and not a figure differs from what the records give; every record has its place."""
+    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("work"))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "docs").mkdir()
+    assert figures.main([], tmp_path) == 0
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert readme == (ROOT / "README.md").read_text(encoding="utf-8")
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "docs").iterdir()}
+    assert drawn == {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in drawn}
+    assert len(drawn) == 7 and all(f"docs/{name}" in readme for name in drawn)
+    for name in (*figures.tables(figures.load(tmp_path / "results")), "cost"):
+        assert f"<!-- {name} -->" in readme, name
+
+
+def test_a_missing_record_is_named(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("<!-- alpha -->\n<!-- /alpha -->\n", encoding="utf-8")
+    assert figures.main([], tmp_path) == 2
+    assert capsys.readouterr().err == "figures.py: README.md: expected a record in results/ for the mark alpha, got cost\n"
+
+
+def test_unknown_experiment(capsys):
+    with pytest.raises(SystemExit) as stop:
+        evidence.main(["mian"])
+    assert stop.value.code == 2 and "expected some of tune, main, values, gauge" in capsys.readouterr().err
 
 
 def test_main_record():
@@ -238,7 +257,7 @@ def test_main_record():
 def test_filled_by_hand():
     text = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n<!-- note -->\n"
     assert figures.filled(text, {"x": "new"}) == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n<!-- note -->\n"
-    with pytest.raises(ValueError, match="expected a record for <!-- x -->, got y"):
+    with pytest.raises(ValueError, match="the mark x, got y"):
         figures.filled(text, {"y": ""})
 
 
@@ -248,8 +267,31 @@ def test_comparison_by_hand():
            "bytes": 0.25, "vs_dpo": None, "pref_acc": 0.5, "true_acc": 0.5, "kl": 1.0, "length": 15.0}
     rows = [{**row, "seed": 0, "reward": 1.0}, {**row, "seed": 1, "reward": 3.0}]
     line = figures.comparison({"rows": rows}).splitlines()[-1]
-    assert line == ("| tvkd implicit/value, psi of other pairs | 2.00 \u00b1 12.71 | - | 0.500 \u00b1 0.000 | 0.500 \u00b1 0.000 | "
-                    "1.00 \u00b1 0.00 | 15.0 \u00b1 0.0 | 0.25 |")
+    assert line == ("| tvkd implicit/value, psi of other pairs | 2.00 \u00b1 12.71 | - | 0.500 \u00b1 0.000 | "
+                    "0.500 \u00b1 0.000 | 1.00 \u00b1 0.00 | 15.0 \u00b1 0.0 | 0.25 |")
+
+
+def test_every_table_and_figure_can_be_drawn():
+    """From rows of made-up numbers for every cell of every experiment: none without its table, no sweep without its figure."""
+    records = {}
+    for name, (seeds, cells, swept) in {**evidence.experiments(lambda cell: cell, "x.jsonl"), "tune": evidence.TUNE}.items():
+        rows = []
+        for seed in seeds:
+            found = {}
+            for i, cell in enumerate(cells):
+                row = {**evidence.as_row(cell), "seed": seed, "reward": 1.0 + i + seed, "pref_acc": 0.5, "true_acc": 0.5,
+                       "kl": 1.0 + i, "length": 15.0, "bytes": 0.5 + i, "vs_dpo": None, "n": 3, "correlation": 0.5, "agrees": 0.5, "seconds": 60,
+                       "words": {kind: {"n": 1, "psi": 1.0} for kind in ("right", "wrong", "polite", "rude")}}
+                found[evidence.key(cell)] = row, {} if cell.method == "values" else {"reward": [row["reward"], 0.0]}
+            rows += evidence.paired(found, cells, swept)
+        records[name] = {"rows": rows, "options": evidence.asdict(train.Config()), "seconds": 60.0,
+                         "made": {"machine": "m", "python": "3", "torch": "2"}}
+    tables = figures.tables(records)
+    assert set(tables) == {*records, "words", "psi"} and all(tables.values())
+    assert set(figures.figures(records)) == {*figures.SWEEPS, "bytes"}
+    assert re.findall(r"^\| ([\d.]+) ", tables["alpha"], re.MULTILINE) == ["0", "0.25", "0.5", "1", "2", "4"]
+    assert tables["main"].count("\n") == 1 + len(records["main"]["rows"]) / 8
+    assert figures.cost(records).startswith(f"Minutes of one thread, {len(records)} in all")
 
 
 def test_figure_by_hand():

@@ -280,7 +280,7 @@ def test_teacher_of_another_vocabulary(tmp_path, capsys):
         assert sum(line["margins"][name] for line in lines) / 10 == pytest.approx(row["pref_margin"], abs=1e-5), name
 
 
-def test_true_accuracy_by_hand(setup):
+def test_true_accuracy_by_hand(setup, monkeypatch):
     """Three pairs of true difference +2, -2 (a wrong label) and 0, margins all positive: the first is right, the second wrong,
     the third left out."""
     student, ref, _, _ = setup
@@ -292,12 +292,8 @@ def test_true_accuracy_by_hand(setup):
     whole = train.Setup(train.Config(max_new_tokens=2), 0, CPU, tokenizer, *splits, tokenizer, splits[1])
     margins = train.cached_margins(student, ref, 1.0, ids, whole)
     assert margins.tolist() == [0, 0, 0]
-    before = train.cached_margins
-    try:
-        train.cached_margins = lambda *args: torch.tensor([1.0, 1.0, 1.0])
-        assert train.evaluate(student, ref, 1.0, "test", 1, whole)[1]["true_acc"].tolist() == [1, 0]
-    finally:
-        train.cached_margins = before
+    monkeypatch.setattr(train, "cached_margins", lambda *args: torch.tensor([1.0, 1.0, 1.0]))
+    assert train.evaluate(student, ref, 1.0, "test", 1, whole)[1]["true_acc"].tolist() == [1, 0]
 
 
 def test_psi_is_summed_in_float64():
@@ -550,7 +546,7 @@ def test_readme_names_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*.py"))
     for name in re.findall(r"`(test_\w+)`", readme):
         assert f"def {name}(" in tests, name
-    options = {f.name for f in train.fields(train.Config)} | {"help", "index-url", "impl", "function", "tb", "results", "rebuild"}
+    options = {f.name for f in train.fields(train.Config)} | {"help", "index-url", "impl", "function", "tb", "results", "jobs"}
     assert set(re.findall(r"--([a-z][\w-]+)", readme)) <= options
     functions = re.findall(r"^def ([a-z]\w+)", (ROOT / "tvkd.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(functions) == 9 and all(f"| `{name}`" in readme or f"`{name}` |" in readme for name in functions)
