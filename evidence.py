@@ -215,8 +215,8 @@ def together(first, second):
 def trained(cell, setup, bench):
     """The student of one cell -> (model, bytes of teacher signal stored per response token).
 
-    Controls: "shuffled" psi of another pair, chosen and rejected in their places; "plus" (alpha = -1) the wrong sign; "beta" DPO at
-    beta / (1 + alpha); "relabel" DPO, labels by the sign of the difference of summed psi; "soft" DPO, labels by its sigmoid;
+    Controls: "shuffled" psi of another pair, chosen and rejected in their places; "plus" (alpha = -1) the wrong sign; "beta" DPO
+    at beta / (1 + alpha); "relabel" DPO, labels by the sign of the difference of summed psi; "soft" DPO, labels by its sigmoid;
     "noise" a share `dose` of labels turned round, the teacher's own training untouched; "gauge" c(s) of slope `dose` in the
     teacher's logits; "top" KD from `dose` probabilities a token; "vocabulary" another tokenizer for the teacher.
     """

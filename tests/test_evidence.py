@@ -280,7 +280,8 @@ def test_every_table_and_figure_can_be_drawn():
             found = {}
             for i, cell in enumerate(cells):
                 row = {**evidence.as_row(cell), "seed": seed, "reward": 1.0 + i + seed, "pref_acc": 0.5, "true_acc": 0.5,
-                       "kl": 1.0 + i, "length": 15.0, "bytes": 0.5 + i, "vs_dpo": None, "n": 3, "correlation": 0.5, "agrees": 0.5, "seconds": 60,
+                       "kl": 1.0 + i, "length": 15.0, "bytes": 0.5 + i, "vs_dpo": None, "seconds": 60, "n": 3,
+                       "correlation": 0.5, "agrees": 0.5,
                        "words": {kind: {"n": 1, "psi": 1.0} for kind in ("right", "wrong", "polite", "rude")}}
                 found[evidence.key(cell)] = row, {} if cell.method == "values" else {"reward": [row["reward"], 0.0]}
             rows += evidence.paired(found, cells, swept)
