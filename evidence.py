@@ -19,13 +19,14 @@ import multiprocessing
 import os
 import platform
 import re
-import statistics
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
-from contextlib import redirect_stdout
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -88,7 +89,7 @@ def experiments(pick, preferences=None):
     if preferences:
         # The defaults of --data, not tuned; a seed is another split of the same pairs.
         found["real"] = (SPLITS, [with_options(cell, data=preferences) for cell in (
-            Cell("sft"), Cell("dpo"), Cell("tvkd", *IMPLICIT), Cell("tvkd", *LOGITS))], None)
+            Cell("sft"), Cell("dpo"), Cell("tvkd", *IMPLICIT))], None)
     return found | {
         "gauge": (SWEEP_SEEDS, [dpo, tvkd, paper] + [cell._replace(control="gauge", dose=dose)
                                                      for cell in (tvkd, paper) for dose in (-0.5, 0.5)], None),
@@ -96,10 +97,10 @@ def experiments(pick, preferences=None):
         "pairs": (SWEEP_SEEDS, sweep([dpo, tvkd, kd], "student_pairs", (100, 300, 1000, 3000)), "student_pairs"),
         "bytes": (SWEEP_SEEDS, [dpo, tvkd, soft, *(pick(TOP)._replace(dose=k) for k in (1, 4, 16)),
                                 *map(pick, FEW), *sweep([kd], "student_pairs", (100, 300))], None),
-        "noise": (SWEEP_SEEDS, [dpo, tvkd] + [cell._replace(control="noise", dose=dose) for dose in (0.1, 0.2, 0.3, 0.4)
+        "noise": (SWEEP_SEEDS, [dpo, tvkd] + [cell._replace(control="noise", dose=dose) for dose in (0.1, 0.2, 0.4)
                                               for cell in (dpo, tvkd)], "dose"),
-        "frontier": (SWEEP_SEEDS, sweep([dpo, tvkd, soft], "beta", (0.25, 0.5, 1.0, 2.0, 4.0)), "beta"),
-        "length": (SWEEP_SEEDS, sweep([dpo, tvkd], "steps", (15, 30, 60, 120, 240, 480)), "steps"),
+        "frontier": (SWEEP_SEEDS, sweep([dpo, tvkd, soft], "beta", (0.5, 1.0, 2.0, 4.0)), "beta"),
+        "length": (SWEEP_SEEDS, sweep([dpo, tvkd], "steps", (15, 30, 60, 120, 240)), "steps"),
         "width": (SWEEP_SEEDS, sweep([Cell("sft"), dpo, tvkd, kd], "student_width", (16, 32, 48, 96)), "student_width"),
     }
 
@@ -416,9 +417,14 @@ def run(plan, results, jobs):
         min(loads, key=lambda load: sum(count[s] for s in load)).append(seed)
     parts = [[task for task in tasks if task[0] in load] for load in loads]
     if tasks:
-        context, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-        with ProcessPoolExecutor(jobs, context, signal.signal, ignore) as pool:
-            list(pool.map(work, parts, [results] * jobs, range(1, jobs + 1)))
+        context, quietly = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)         # Ctrl-C: no traceback
+        with ProcessPoolExecutor(jobs, context, signal.signal, quietly) as pool:
+            try:
+                list(pool.map(work, parts, [results] * jobs, range(1, jobs + 1)))
+            except KeyboardInterrupt:
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                raise
     for name, (seeds, cells, swept) in plan.items():
         rows = [row for seed in seeds for row in paired(done(kept(results, seed)), cells, swept)]
         record = {"experiment": name, "made": {"torch": torch.__version__, "python": platform.python_version(),
@@ -456,6 +462,7 @@ def paired(found, cells, swept):
     """The rows of one seed, each with its difference to DPO: the one with the same value of the swept option."""
     def at(row):
         return row["dose"] if swept == "dose" else row["options"].get(swept, getattr(train.Config, swept or "", None))
+
     def is_dpo(row):
         return row["method"] == "dpo" and row["control"] in ("", "noise") and row["split"] == "test"
 
@@ -496,7 +503,7 @@ def main(argv=None):
         plan = experiments(picker(tuned), options.data)
         plan = {name: plan[name] for name in plan if name in options.names or not options.names}
         run(plan, options.results, options.jobs)
-    except FloatingPointError as error:
+    except (FloatingPointError, BrokenProcessPool) as error:
         print(f"evidence.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -98,7 +98,8 @@ def comparison(record):
     columns = [column for column in COLUMNS if column[1] not in (
         ("acc_vs_dpo",) if truth_known else ("reward", "vs_dpo", "true_acc"))]
     for name, rows in of_name.items():
-        stored = "-" if name == "teacher" else f"{statistics.fmean(row['bytes'] for row in rows):.3g}"
+        bytes_ = statistics.fmean(row["bytes"] for row in rows)
+        stored = "-" if name == "teacher" else f"{bytes_:,.0f}" if bytes_ >= 10 else f"{bytes_:.2g}"
         lines.append([name, *(cell(rows, key, form) for _, key, form in columns), stored])
     return markdown(["model", *(title for title, _, _ in columns), "bytes"], lines)
 
@@ -274,19 +275,23 @@ def tables(records):
         found |= {"values": values(records["values"]), "words": words(records["values"]), "psi": three_pairs(records["values"])}
     for name, (option, _, x_title, _) in SWEEPS.items():
         if name in records:
-            keys = ("reward", "vs_dpo", "kl") if name == "frontier" else ("reward", "vs_dpo")
+            keys = ("reward", "vs_dpo") + (("kl",) if name in ("alpha", "frontier", "length") else ())
             x_title = "beta" if name == "frontier" else x_title
             found[name] = sweep_table(records[name], x_title, option_of(option, records[name]), keys)
     return found
 
 
 def cost(records):
-    """What the records took to make, and on what."""
+    """What the records took to make, and on what. A cell that several experiments share was trained, and counts, once."""
     made = sorted({f"{m['machine']}, Python {m['python']}, torch {m['torch']}" for m in (r["made"] for r in records.values())})
-    minutes = "; ".join(f"{name} {record['seconds'] / 60:.0f}" for name, record in records.items())
-    total = sum(record["seconds"] for record in records.values()) / 60
-    return (f"Minutes of one thread, {total:.0f} in all (a cell that several experiments share counted in each): {minutes}. "
-            f"Machine: {'; '.join(made)}.")
+    seconds, parts = {}, []
+    for name, record in records.items():
+        cell_of = ("method", "value", "terminal", "control", "dose", "options", "split", "seed")
+        new = {json.dumps([row[key] for key in cell_of], sort_keys=True): row["seconds"] for row in record["rows"]}
+        parts.append(f"{name} {sum(x for cell, x in new.items() if cell not in seconds) / 60:.0f}")
+        seconds |= new
+    return (f"{len(seconds)} cells took {sum(seconds.values()) / 60:.0f} minutes of one thread, two side by side "
+            f"({', '.join(parts)}; what an earlier one has counts there): {'; '.join(made)}.")
 
 
 def load(results):

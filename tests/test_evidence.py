@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import evidence
@@ -68,7 +69,8 @@ def test_top_k_kd_by_hand():
     Of one stored token and the rest, (1/2, 1/2) against (1/4, 3/4): 1/2 ln 2 + 1/2 ln 2/3 = 1/2 ln 4/3. A state outside the mask
     and the last one have no part."""
     teacher, student = (torch.tensor(p).log().expand(1, 3, 3).clone() for p in ([0.5, 0.25, 0.25], [0.25, 0.25, 0.5]))
-    teacher[0, 0], student[0, 2] = torch.tensor([9.0, 0.0, 0.0]), torch.tensor([0.0, 9.0, 0.0])
+    for logits, peak in ((teacher, 0), (student, 1)):
+        logits[0, [0, 2]] = 9.0 * F.one_hot(torch.tensor(peak), 3).float()
     mask = torch.tensor([[False, True]])
     close(evidence.top_k_kd_loss(student, teacher, mask, 3), math.log(2) / 4, 1e-5)
     close(kd_loss(student, teacher, mask), math.log(2) / 4)
@@ -292,7 +294,9 @@ def test_every_table_and_figure_can_be_drawn():
     assert set(figures.figures(records)) == {*figures.SWEEPS, "bytes"}
     assert re.findall(r"^\| ([\d.]+) ", tables["alpha"], re.MULTILINE) == ["0", "0.25", "0.5", "1", "2", "4"]
     assert tables["main"].count("\n") == 1 + len(records["main"]["rows"]) / 8
-    assert figures.cost(records).startswith(f"Minutes of one thread, {len(records)} in all")
+    plan = {**evidence.experiments(lambda cell: cell, "x.jsonl"), "tune": evidence.TUNE}
+    cells = {(seed, cell) for seeds, cells, _ in plan.values() for seed in seeds for cell in cells}
+    assert figures.cost(records).startswith(f"{len(cells)} cells took {len(cells)} minutes of one thread")
 
 
 def test_figure_by_hand():
