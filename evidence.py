@@ -498,6 +498,8 @@ def main(argv=None):
             parser.exit(2, f"evidence.py: expected some of tune, {', '.join(known)} (and real, with --data), got {name}\n")
     try:
         (options.results / "work").mkdir(parents=True, exist_ok=True)
+        if options.data:
+            data.load_pairs(options.data)                                   # refused now rather than after an hour
         run({"tune": TUNE}, options.results, options.jobs)
         tuned = load(options.results)["tune"]
         plan = experiments(picker(tuned), options.data)

@@ -256,6 +256,13 @@ def test_main_record():
         assert len(keys) > 8 and [dpo[key] for key in keys] == [zero[key] for key in keys] and zero["vs_dpo"] == 0
 
 
+def test_unreadable_preferences_are_refused_first(tmp_path, capsys):
+    assert evidence.main(["real", "--data=missing.jsonl", f"--results={tmp_path}"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == "evidence.py: missing.jsonl: expected a readable JSONL file, got: No such file or directory\n"
+    assert not shown.out
+
+
 def test_filled_by_hand():
     text = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n<!-- note -->\n"
     assert figures.filled(text, {"x": "new"}) == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n<!-- note -->\n"
