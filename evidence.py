@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 import data
 import train
-from figures import choices, load, tables, without_setting
+from figures import choices, identity, load, tables, without_setting
 from tvkd import dpo_loss, sequence_logps
 
 SEEDS, SWEEP_SEEDS, TUNING_SEEDS, SPLITS = range(8), range(5), (100, 101), range(5)
@@ -452,10 +452,6 @@ def as_row(cell):
     """The fields of a row that say which cell it is."""
     options = {name: os.path.basename(x) if name == "data" else x for name, x in cell.options}
     return {**cell._asdict(), "options": options}
-
-
-def identity(row):
-    return json.dumps([row[name] for name in Cell._fields], sort_keys=True)
 
 
 def paired(found, cells, swept):

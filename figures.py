@@ -43,6 +43,12 @@ def name_of(row):
     return f"{name}, {special}" if special else name
 
 
+def identity(row):
+    """Which cell a row is of, the same in every record that has it."""
+    names = ("method", "value", "terminal", "control", "dose", "options", "split")
+    return json.dumps([row[name] for name in names], sort_keys=True)
+
+
 def grouped(rows, of=name_of):
     """Rows of all seeds -> {name: rows}, in the order of the record."""
     groups = {}
@@ -286,8 +292,7 @@ def cost(records):
     made = sorted({f"{m['machine']}, Python {m['python']}, torch {m['torch']}" for m in (r["made"] for r in records.values())})
     seconds, parts = {}, []
     for name, record in records.items():
-        cell_of = ("method", "value", "terminal", "control", "dose", "options", "split", "seed")
-        new = {json.dumps([row[key] for key in cell_of], sort_keys=True): row["seconds"] for row in record["rows"]}
+        new = {(row["seed"], identity(row)): row["seconds"] for row in record["rows"]}
         parts.append(f"{name} {sum(x for cell, x in new.items() if cell not in seconds) / 60:.0f}")
         seconds |= new
     return (f"{len(seconds)} cells took {sum(seconds.values()) / 60:.0f} minutes of one thread, two side by side "

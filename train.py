@@ -282,14 +282,17 @@ def supervised(model, rows, device):
     return loss_of
 
 
-def distillation(model, teacher, pairs, device, kd_loss=kd_loss):
-    """loss_of for KL distillation. The teacher is read live: its logits are V floats per token, too much to keep."""
+def distillation(model, teacher, pairs, device, loss=kd_loss):
+    """loss_of for KL distillation by loss(student logits, teacher logits, mask).
+
+    The teacher is read live: its logits are V floats per token, too much to keep.
+    """
     def loss_of(ids):
         tokens, mask = data.collate(both_responses([pairs[i] for i in ids]))
         tokens, mask = tokens.to(device), mask.to(device)
         with torch.no_grad():
             teacher_logits = teacher(tokens)
-        return kd_loss(model(tokens), teacher_logits, mask), {}, tokens.numel()
+        return loss(model(tokens), teacher_logits, mask), {}, tokens.numel()
     return loss_of
 
 

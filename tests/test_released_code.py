@@ -58,9 +58,11 @@ def test_adding_the_current_value_telescopes_to_a_prompt_constant():
 
 def test_the_next_value_alone_is_not_a_potential_difference():
     """Token terms log pi - V(s_{t+1}) without V(s_t): V = (2, 5, 3, 0) leaves -(5 + 3) = -8 of the values, V = (2, 7, 0) -7; the
-    values on the way stay, more of them the longer the answer: with V = 1 throughout, n tokens leave -(n - 1)."""
+    values on the way stay, more of them the longer the answer: with V = 1 throughout, n tokens leave -(n - 1). Strict
+    shaping sums to -V(s_p) = -2; with the V(s_t) it subtracts put back, -2 + (2 + 5 + 3) = 8, entering with a minus."""
     def left_over(values):
-        return -sum(values[1:])
+        psi = shaping(torch.tensor([values]), torch.ones(1, len(values) - 1).bool(), 1.0, "zero").sum().item()
+        return -(psi + sum(values[:-1]))                                    # psi + V(s_t) is V(s_{t+1})
     close(left_over([2.0, 5.0, 3.0, 0.0]), -8.0)
     close(left_over([2.0, 7.0, 0.0]), -7.0)
     for n in (1, 4, 9):
@@ -69,8 +71,8 @@ def test_the_next_value_alone_is_not_a_potential_difference():
 
 def test_an_entropy_of_the_student_does_not_read_the_teachers_probabilities():
     """The entropy of the student's distribution over the teacher's stored ids and one bin for the rest: the teacher decides which
-    ids, its probabilities nowhere enter, and the gradient goes to the student. Student (1/2, 1/4, 1/8, 1/8), stored ids 0 and 1:
-    bins (1/2, 1/4, 1/4), entropy 1/2 ln 2 + 2/4 ln 4 = 1.5 ln 2. Stored ids 2 and 3: bins (1/8, 1/8, 3/4), another number."""
+    ids, its probabilities nowhere enter, and the gradient goes to the student; the soft value is the other way round. Student
+    (1/2, 1/4, 1/8, 1/8), stored ids 0 and 1: bins (1/2, 1/4, 1/4), entropy 1/2 ln 2 + 2/4 ln 4 = 1.5 ln 2. Stored ids 2 and 3: bins (1/8, 1/8, 3/4), another number."""
     def entropy(logits, ids):
         kept = logits.softmax(-1)[ids]
         bins = torch.cat([kept, 1 - kept.sum(-1, keepdim=True)])
@@ -80,3 +82,7 @@ def test_an_entropy_of_the_student_does_not_read_the_teachers_probabilities():
     close(value.detach(), 1.5 * math.log(2))
     close(entropy(logits, [2, 3]).detach(), 0.25 * math.log(8) + 0.75 * math.log(4 / 3))
     assert torch.autograd.grad(value, logits)[0].abs().max() > 0.01
+    # Another teacher with the same two likeliest tokens: another psi, and none of it asks for a gradient.
+    teachers = torch.tensor([[[4.0, 3, 0, 0], [4, 3, 0, 0]], [[4, 3, 0, 0], [9, 3, 0, 0]]]).double().requires_grad_(True)
+    psi = shaping(soft_value(teachers, 1.0), torch.ones(2, 1).bool(), 1.0, "value")
+    assert not psi.requires_grad and psi[0].item() == 0 and psi[1].item() > 4
