@@ -15,6 +15,7 @@ import argparse
 import copy
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -38,7 +39,7 @@ import torch.nn.functional as F
 import data
 import train
 from figures import choices, identity, load, tables, without_setting
-from tvkd import dpo_loss, sequence_logps
+from tvkd import dpo_loss
 
 SEEDS, SWEEP_SEEDS, TUNING_SEEDS, SPLITS = range(8), range(5), (100, 101), range(5)
 GRID = [(("steps", steps), ("lr", lr)) for steps in (60, 120) for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)]
@@ -168,9 +169,10 @@ class Gauge(torch.nn.Module):
         super().__init__()
         self.model, self.slope = model, slope
 
-    def forward(self, tokens):
+    def forward(self, tokens, states=None):
         logits = (self.model(tokens).double() * 2 ** 30).round() / 2 ** 30                         # (B, T+1, V)
-        return logits + self.slope * torch.arange(tokens.shape[1]).view(1, -1, 1)
+        logits = logits + self.slope * torch.arange(tokens.shape[1]).view(1, -1, 1)
+        return logits if states is None else logits[states]
 
 
 def swapped(where, pairs, ref_logps, psi):
@@ -179,16 +181,16 @@ def swapped(where, pairs, ref_logps, psi):
     return pairs, *(x if x is None else torch.where(where, x.flip(0), x) for x in (ref_logps, psi))
 
 
-def soft_preference(model, pairs, ref_logps, beta, probability):
+def soft_preference(pairs, ref_logps, beta, probability):
     """loss_of for DPO with soft labels: -p log sigmoid(margin) - (1 - p) log sigmoid(-margin), p (pairs,) that chosen wins."""
-    def loss_of(ids):
-        tokens, mask = data.collate(train.both_responses([pairs[i] for i in ids]))                 # (2B, T+1), (2B, T)
-        chosen, rejected = sequence_logps(train.score(model, tokens), mask).chunk(2)               # (B,) each
-        ref_chosen, ref_rejected = ref_logps[:, ids]
+    def loss_of(model, ids):
+        both = train.both_responses([pairs[i] for i in ids])                                       # 2B rows
+        logps = train.response_logps(model, both, math.ceil(len(both) / train.PARTS), torch.device("cpu"))
+        (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), ref_logps[:, ids]         # (B,) each
         p = probability[ids]
         losses = (p * dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
                   + (1 - p) * dpo_loss(rejected, chosen, ref_rejected, ref_chosen, beta))
-        return losses.mean(), {}, tokens.numel()
+        return {"loss": losses.sum(), "n": len(ids), "tokens": train.tokens_in(both)}
     return loss_of
 
 
@@ -206,10 +208,10 @@ def top_k_kd_loss(student_logits, teacher_logits, mask, k):
 
 
 def together(first, second):
-    """loss_of for the sum of two losses."""
-    def loss_of(ids):
-        (loss, metrics, count), (other, more, _) = first(ids), second(ids)
-        return loss + other, {**metrics, **more}, count
+    """loss_of for the sum of two mean losses."""
+    def loss_of(model, ids):
+        one, other = first(model, ids), second(model, ids)
+        return {"loss": one["loss"] / one["n"] + other["loss"] / other["n"], "n": 1, "tokens": one["tokens"]}
     return loss_of
 
 
@@ -247,9 +249,9 @@ def trained(cell, setup, bench):
 
     policy = copy.deepcopy(ref).requires_grad_(True)
     if cell.control == "soft":
-        loss_of = soft_preference(policy, pairs, ref_logps, config.beta, torch.sigmoid(psi[0] - psi[1]))
+        loss_of = soft_preference(pairs, ref_logps, config.beta, torch.sigmoid(psi[0] - psi[1]))
     elif cell.control == "top":
-        loss_of = train.distillation(policy, teacher, pairs, setup.device, partial(top_k_kd_loss, k=int(cell.dose)))
+        loss_of = train.distillation(teacher, pairs, setup.device, partial(top_k_kd_loss, k=int(cell.dose)))
     elif cell.method == "kd+tvkd":
         loss_of = together(*(train.student_loss(method, policy, pairs, ref_logps, setup, teacher, psi)
                              for method in ("kd", "tvkd")))

@@ -26,6 +26,7 @@ class GPTConfig:
     n_embd: int = 48
     dropout: float = 0.0        # keep 0 for preference training: policy and reference must be scored alike
     bias: bool = True           # in Linears and LayerNorms, as in GPT-2
+    bfloat16: bool = False      # matrix products of forward in bfloat16; weights, LayerNorms and the residual stay float32
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -65,10 +66,10 @@ class CausalSelfAttention(nn.Module):
         else:
             keys, values = cache                                            # each (B, H, S, D)
             rows = torch.arange(B, device=x.device).unsqueeze(1)            # (B, 1) against positions (B, T)
-            keys[rows, :, positions] = k.transpose(1, 2)                    # (B, T, H, D) written where each row stands
-            values[rows, :, positions] = v.transpose(1, 2)
+            keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)     # (B, T, H, D) written where each row stands
+            values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
             seen = torch.arange(keys.shape[2], device=x.device) <= positions.unsqueeze(-1)      # (B, T, S)
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen.unsqueeze(1))
+            y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=seen.unsqueeze(1))
         y = y.transpose(1, 2).reshape(B, T, C)                              # heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -120,10 +121,11 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens, positions=None, caches=None):
+    def forward(self, tokens, states=None, positions=None, caches=None):
         """tokens (B, T) ids -> (B, T, V) logits; logits[:, t] predicts tokens[:, t+1].
 
-        Rows are padded on the RIGHT: attention is causal, so padding cannot reach the tokens before it. positions (B, T) and
+        states (B, T) bool: only these go through the output head -> (n, V), row by row; at a large vocabulary the head is most of
+        the memory. Rows are padded on the RIGHT: attention is causal, so padding cannot reach the tokens before it. positions (B, T) and
         caches are for `generate`; without them position t is column t. Raises ValueError for T > block_size.
         """
         T = tokens.shape[1]
@@ -131,10 +133,12 @@ class GPT(nn.Module):
             raise ValueError(f"tokens: expected at most block_size={self.config.block_size} columns, got {T}")
         if positions is None:
             positions = torch.arange(T, device=tokens.device)
-        x = self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe(positions))      # (B, T, C)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, positions, caches[layer] if caches else None)
-        return self.lm_head(self.transformer.ln_f(x))                       # (B, T, V)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.config.bfloat16):
+            x = self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe(positions))  # (B, T, C)
+            for layer, block in enumerate(self.transformer.h):
+                x = block(x, positions, caches[layer] if caches else None)
+            x = x if states is None else x[states]                          # (n, C)
+            return self.lm_head(self.transformer.ln_f(x))                   # (B, T, V) or (n, V)
 
     def load_weights(self, state_dict):
         """Load a state dict with nanoGPT's names, such as checkpoint["model"]. Raises RuntimeError naming what does not fit.
@@ -169,12 +173,11 @@ class GPT(nn.Module):
         # Each row's next token goes right behind its own prompt, over the keys and values of its padding; a query sees the
         # columns up to its own position, so padding that is not yet overwritten is never seen.
         positions = torch.arange(tokens.shape[1], device=device).expand(B, -1)             # (B, longest prompt)
+        last = positions == lengths.unsqueeze(1) - 1                                        # the state to act in, one a row
         responses, running = [[] for _ in prompts], torch.ones(B, dtype=torch.bool, device=device)
         with evaluating(self):
             for step in range(max_new_tokens):
-                logits = self(tokens, positions, caches)                                    # (B, T, V), then (B, 1, V)
-                last = lengths - 1 if step == 0 else torch.zeros_like(lengths)
-                logits = logits[torch.arange(B, device=device), last].float()              # (B, V)
+                logits = self(tokens, last, positions, caches).float()                      # (B, V)
                 if temperature == 0:
                     drawn = logits.argmax(-1)
                 else:
@@ -187,7 +190,7 @@ class GPT(nn.Module):
                 running &= lengths + step < S - 1                                           # after this one the row is full
                 if not running.any():
                     break
-                tokens = drawn.unsqueeze(1)
+                tokens, last = drawn.unsqueeze(1), torch.ones(B, 1, dtype=torch.bool, device=device)
         return responses
 
 

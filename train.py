@@ -30,14 +30,16 @@ from shutil import get_terminal_size
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
 import data
 from data import UserError
 from model import GPT, GPTConfig, evaluating
 from report import interval, label, printable, show_psi, table, write_report
-from tvkd import dpo_loss, implicit_value, kd_loss, nll_loss, sequence_logps, shaping, soft_value, token_logps, tvkd_loss
+from tvkd import action_logps, dpo_loss, implicit_value, kd_loss, nll_loss, sequence_logps, shaping, soft_value, tvkd_loss
 
 METHODS, VALUES, TERMINALS = ("bc", "kd", "dpo", "tvkd"), ("implicit", "logits"), ("zero", "hold", "value")
 DEFAULT_TERMINAL = {"implicit": "value", "logits": "hold"}      # logits: the network's output after EOS was never trained
@@ -84,6 +86,9 @@ class Config:
     student_width: int = option(48, "channels of the student")
     # training
     batch_size: int = option(64, "pairs (two rows each) in a step of every stage; supervised stages take as many rows", 8)
+    micro_batch: int = option(0, "pairs, or rows, in memory at a time, for a gradient of the same batch; 0: the whole batch")
+    precision: str = option("auto", "of matrix products: float32, bfloat16, or auto for bfloat16 on a GPU that supports it")
+    compile: int = option(0, "1: torch.compile the model in training; needs a C++ compiler")
     teacher_sft_steps: int = option(400, "steps of the teacher's supervised fine-tuning", 100)
     teacher_dpo_steps: int = option(94, "steps of the teacher's DPO", 40)
     student_sft_steps: int = option(600, "steps of the student's supervised fine-tuning", 100)
@@ -107,7 +112,7 @@ class Config:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is int:
-                least = 0 if f.name in ("seed", "train_pairs", "student_pairs") else 1
+                least = 0 if f.name in ("seed", "train_pairs", "student_pairs", "micro_batch", "compile") else 1
                 expect(f.name, value >= least, f"at least {least}")
             if f.type is float:
                 expect(f.name, math.isfinite(value) and value >= 0, "a number of at least 0")
@@ -115,6 +120,8 @@ class Config:
         for name, known in (("methods", METHODS), ("value", VALUES)):
             chosen = getattr(self, name)
             expect(name, len(set(chosen)) == len(chosen) and set(chosen) <= set(known), f"some of {','.join(known)}, each once")
+        expect("compile", self.compile < 2, "0 or 1")
+        expect("precision", self.precision in ("auto", "float32", "bfloat16"), "one of auto, float32, bfloat16")
         expect("terminal", self.terminal in ("", *TERMINALS), f"one of {', '.join(TERMINALS)}, or nothing")
         if self.teacher_tokenizer:
             size = int(self.teacher_tokenizer) if self.teacher_tokenizer.isdecimal() else 257
@@ -162,6 +169,11 @@ def pick_device(name):
     return torch.device(name)
 
 
+def in_bfloat16(precision, device):
+    """Whether matrix products are in bfloat16. CUDA is asked only where it is the device."""
+    return precision == "bfloat16" or precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
 class Setup(NamedTuple):
     """What a run of one seed works with."""
     config: Config
@@ -187,9 +199,11 @@ def read_by(name, setup):
 # ---------------------------------------------------------------------------------------------------------------------------
 # Scoring. One function for policy, reference and teacher: two code paths would differ at step 0, where the loss must be ln 2.
 
-def score(model, tokens):
-    """tokens (B, T+1) -> log-probs of the actions (B, T) in nats."""
-    return token_logps(model(tokens), tokens)
+def score(model, tokens, mask):
+    """tokens (B, T+1), mask (B, T) -> log-probs of the masked actions, 0 elsewhere: (B, T) nats. Only their states meet the head."""
+    logits = model(tokens, F.pad(mask, (0, 1)))                             # (n, V); the last state is never acted in
+    logps = action_logps(logits, tokens[:, 1:][mask])                       # (n,)
+    return torch.zeros(mask.shape, dtype=logps.dtype, device=mask.device).masked_scatter(mask, logps)
 
 
 def batches(rows, batch_size, device):
@@ -201,14 +215,20 @@ def batches(rows, batch_size, device):
         yield ids, tokens.to(device), mask.to(device)
 
 
+def response_logps(model, rows, batch_size, device):
+    """Sequence log-probs of all rows, in their order: (len(rows),) nats."""
+    order, logps = [], []
+    for ids, tokens, mask in batches(rows, batch_size, device):
+        order += ids
+        logps.append(sequence_logps(score(model, tokens, mask), mask))
+    return torch.cat(logps)[torch.tensor(order, device=device).argsort()]
+
+
 @torch.no_grad()
 def cached_logps(model, rows, batch_size, device):
-    """Sequence log-probs of all rows, once: (len(rows),) nats. Filled with NaN first, so that a row left out would show."""
-    logps = torch.full((len(rows),), float("nan"), device=device)
+    """What `response_logps` gives, once, to be looked up in every step."""
     with evaluating(model):
-        for ids, tokens, mask in batches(rows, batch_size, device):
-            logps[ids] = sequence_logps(score(model, tokens), mask)
-    return logps
+        return response_logps(model, rows, batch_size, device)
 
 
 @torch.no_grad()
@@ -217,9 +237,11 @@ def cached_values(kind, teacher, teacher_ref, rows, beta, batch_size, device):
     values = [None] * len(rows)
     for ids, tokens, mask in batches(rows, batch_size, device):
         if kind == "logits":
-            batch = soft_value(teacher(tokens), beta)                                               # (B, T+1)
+            states = F.pad(mask, (0, 1)) | F.pad(mask, (1, 0))                                      # (B, T+1) s_p to s_end
+            batch = soft_value(teacher(tokens, states), beta)                                       # (n,)
+            batch = torch.zeros(states.shape, dtype=batch.dtype, device=device).masked_scatter(states, batch)          # (B, T+1)
         else:
-            batch = implicit_value(score(teacher, tokens), score(teacher_ref, tokens), mask, beta)
+            batch = implicit_value(score(teacher, tokens, mask), score(teacher_ref, tokens, mask), mask, beta)
         for i, value in zip(ids, batch.cpu()):
             values[i] = value[:sum(map(len, rows[i]))].clone()                                      # without the padding
     return values
@@ -236,7 +258,16 @@ def cached_psi(values, rows, gamma, terminal):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Training. A stage is a loss_of(ids) -> (loss, metrics to log, tokens in the batch); `fit` minimises any of them.
+# Training. A stage is a loss_of(model, ids) -> {"loss": the sum over "n" pairs or tokens, further sums to log, "tokens": of the
+# batch}; `fit` minimises the mean of any of them.
+
+PARTS = 6       # the rows of a batch go through the model in so many parts, by length: less padding, the same loss
+
+
+def processes():
+    """(rank, number of processes): (0, 1) but for torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
 
 def fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate=None):
     """Minimise loss_of over batches of the indices below n; log to the screen and to log_file, in intervals of `config`.
@@ -244,28 +275,46 @@ def fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate=No
     AdamW; the learning rate rises over the first tenth of the steps and falls to 0 over the second half. validate() -> metrics
     is called at every eval_interval and must not touch the order of batches, which has a generator of its own.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    rank, world = processes()
+    network = model if world == 1 else DistributedDataParallel(model)
+    network = torch.compile(network) if config.compile else network
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     order = data.epochs(n, config.batch_size, torch.Generator().manual_seed(seed))
     model.train()
     tokens, spent, since = 0, 0.0, time.perf_counter()
     for step in range(1, steps + 1):
-        loss, metrics, count = loss_of(next(order).tolist())
-        if not loss.isfinite():
-            raise FloatingPointError(f"{stage}: loss {loss.item()} at step {step}; expected a finite number, try a lower "
-                                     f"learning rate than {lr}")
+        ids = next(order)
+        micro_batches = world * math.ceil(len(ids) / (world * (config.micro_batch or len(ids))))
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for share in ids.tensor_split(micro_batches)[rank::world]:
+            # Without a pair of its own a process takes one times 0: all of them have to take part in every exchange.
+            sums = loss_of(network, (share if len(share) else ids[:1]).tolist())
+            sums = {name: x * (len(share) > 0) for name, x in sums.items()}
+            sums["loss"].backward()
+            total = total + torch.stack([torch.as_tensor(x, dtype=torch.float32).cpu().detach() for x in sums.values()])
+        if world > 1:
+            total = total.to(next(model.parameters()).device)
+            dist.all_reduce(total)
+        total = dict(zip(sums, total.tolist()))
+        # Trap: micro-batches have unequal numbers of tokens. Sums add up to the gradient of the whole batch, means would not.
+        for parameter in model.parameters():
+            parameter.grad *= world / total["n"]                            # DistributedDataParallel took the processes' mean
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not math.isfinite(total["loss"]) or not norm.isfinite():
+            raise FloatingPointError(f"{stage}: loss {total['loss'] / total['n']}, gradient norm {norm.item()} at step {step}; "
+                                     f"expected finite numbers, try a lower learning rate than {lr}. Batch: {ids.tolist()}")
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, 10 * step / steps, 2 - 2 * (step - 1) / steps)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        tokens += count
+        tokens += total["tokens"]
         validate_now = validate is not None and (step == steps or step % config.eval_interval == 0)
         if not (validate_now or step in (1, steps) or step % config.log_interval == 0):
             continue
         spent += time.perf_counter() - since                                # training alone, without validation
-        metrics = {"loss": loss.item(), **metrics, **(validate() if validate_now else {})}
+        metrics = {name: x / total["n"] for name, x in total.items() if name not in ("n", "tokens")}
+        metrics |= validate() if validate_now else {}
         log_file.write(json.dumps({"seed": seed, "stage": stage, "step": step, **metrics}) + "\n")
         log_file.flush()
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
@@ -274,40 +323,49 @@ def fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate=No
         since = time.perf_counter()
 
 
-def supervised(model, rows, device):
+def summed(loss, rows, device):
+    """loss(tokens, mask), a mean over response tokens, of all rows in parts -> what a loss_of gives."""
+    found = [(loss(tokens, mask), mask.sum()) for _, tokens, mask in batches(rows, math.ceil(len(rows) / PARTS), device)]
+    return {"loss": sum(mean * n for mean, n in found), "n": sum(n for _, n in found), "tokens": tokens_in(rows)}
+
+
+def supervised(rows, device):
     """loss_of for SFT and behaviour cloning; rows[i] is a list of Rows of ids, so that an index may stand for several."""
-    def loss_of(ids):
-        tokens, mask = data.collate([row for i in ids for row in rows[i]])
-        return nll_loss(score(model, tokens.to(device)), mask.to(device)), {}, tokens.numel()
+    def loss_of(model, ids):
+        return summed(lambda tokens, mask: nll_loss(score(model, tokens, mask), mask), [row for i in ids for row in rows[i]], device)
     return loss_of
 
 
-def distillation(model, teacher, pairs, device, loss=kd_loss):
+def distillation(teacher, pairs, device, loss=kd_loss):
     """loss_of for KL distillation by loss(student logits, teacher logits, mask).
 
     The teacher is read live: its logits are V floats per token, too much to keep.
     """
-    def loss_of(ids):
-        tokens, mask = data.collate(both_responses([pairs[i] for i in ids]))
-        tokens, mask = tokens.to(device), mask.to(device)
-        with torch.no_grad():
-            teacher_logits = teacher(tokens)
-        return loss(model(tokens), teacher_logits, mask), {}, tokens.numel()
+    def loss_of(model, ids):
+        def between(tokens, mask):
+            with torch.no_grad():
+                teacher_logits = teacher(tokens)
+            return loss(model(tokens), teacher_logits, mask)
+        return summed(between, both_responses([pairs[i] for i in ids]), device)
     return loss_of
 
 
-def preference(model, pairs, ref_logps, beta, device, psi=None, alpha=0.0):
+def preference(pairs, ref_logps, beta, device, psi=None, alpha=0.0):
     """loss_of for DPO, and for TVKD where psi is given. ref_logps and psi (summed): (2, len(pairs)), chosen then rejected."""
-    def loss_of(ids):
-        tokens, mask = data.collate(both_responses([pairs[i] for i in ids]))                       # (2B, T+1), (2B, T)
-        logps = sequence_logps(score(model, tokens.to(device)), mask.to(device))                   # (2B,)
+    def loss_of(model, ids):
+        both = both_responses([pairs[i] for i in ids])                                             # 2B rows
+        logps = response_logps(model, both, math.ceil(len(both) / PARTS), device)                  # (2B,)
         four = (*logps.chunk(2), *ref_logps[:, ids])                                               # four of (B,)
         losses = dpo_loss(*four, beta) if psi is None else tvkd_loss(*four, *psi[:, ids], beta, alpha)
         margins = reward_margins(*four, beta)
-        names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "margin", "accuracy")
-        metrics = {name: x.mean().item() for name, x in zip(names, (*four, margins, is_correct(margins)))}
-        return losses.mean(), metrics, tokens.numel()
+        names = ("loss", "policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "margin", "accuracy")
+        sums = {name: x.sum() for name, x in zip(names, (losses, *four, margins, is_correct(margins)))}
+        return {**sums, "n": len(ids), "tokens": tokens_in(both)}
     return loss_of
+
+
+def tokens_in(rows):
+    return sum(len(row.prompt) + len(row.response) for row in rows)
 
 
 def both_responses(pairs):
@@ -333,12 +391,13 @@ def check_start(loss_of, model, ids, alpha_psi):
 
     ids: the pairs to check on; alpha_psi: alpha times (summed psi of the chosen - of the rejected) for each of them, 0 for DPO.
     """
-    loss, metrics, _ = loss_of(ids)
+    sums = loss_of(model, ids)
+    loss, margin = sums["loss"] / sums["n"], sums["margin"].item() / sums["n"]
     expected = -F.logsigmoid(-alpha_psi).mean().item()
     gradient = torch.stack([g.norm() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm().item()
     print(f"  step 0 check: loss {loss.item():.4f}, expected {expected:.4f}{' = ln 2' if not alpha_psi.any() else ''}; "
-          f"margin {metrics['margin']:.1e}, expected 0; gradient norm {gradient:.3f}, expected not 0")
-    if abs(loss.item() - expected) > 1e-3 or abs(metrics["margin"]) > 1e-3 or not gradient > 0:
+          f"margin {margin:.1e}, expected 0; gradient norm {gradient:.3f}, expected not 0")
+    if abs(loss.item() - expected) > 1e-3 or abs(margin) > 1e-3 or not gradient > 0:
         raise RuntimeError("the step 0 check failed: policy and reference are not the same model, or are scored differently")
 
 
@@ -369,7 +428,7 @@ def policy_kl(model, ref, rows, batch_size, device):
     total = 0.0
     with evaluating(model):
         for _, tokens, mask in batches(rows, batch_size, device):
-            policy, reference = (F.log_softmax(m(tokens)[:, :-1][mask].float(), -1) for m in (model, ref))
+            policy, reference = (F.log_softmax(m(tokens, F.pad(mask, (0, 1))).float(), -1) for m in (model, ref))
             total += (policy.exp() * (policy - reference)).sum().item()
     return total / len(rows)
 
@@ -451,7 +510,8 @@ def new_model(who, setup):
     config = setup.config
     layers, heads, width = (getattr(config, f"{who}_{size}") for size in ("layers", "heads", "width"))
     torch.manual_seed(setup.seed)                                           # weights depend on nothing that ran before
-    model = GPT(GPTConfig(setup.tokenizer.n_vocab, config.block_size, layers, heads, width)).to(setup.device)
+    model = GPT(GPTConfig(setup.tokenizer.n_vocab, config.block_size, layers, heads, width,
+                          bfloat16=in_bfloat16(config.precision, setup.device))).to(setup.device)
     print(f"{who}: {sum(p.numel() for p in model.parameters()):,} parameters")
     return model
 
@@ -477,7 +537,7 @@ def fine_tuned(who, setup, log_file):
     config, rows = setup.config, [[row] for row in setup.ids.sft]
     model = new_model(who, setup)
     steps, lr = (getattr(config, f"{who}_sft_{name}") for name in ("steps", "lr"))
-    fit(f"{who}-sft", model, supervised(model, rows, setup.device), len(rows), steps, lr, config, setup.seed, log_file)
+    fit(f"{who}-sft", model, supervised(rows, setup.device), len(rows), steps, lr, config, setup.seed, log_file)
     return model
 
 
@@ -486,7 +546,7 @@ def dpo_teacher(teacher_ref, setup, log_file, validate=None):
     config, pairs = setup.config, setup.ids.train
     teacher = copy.deepcopy(teacher_ref).requires_grad_(True)
     ref_logps = cached_logps(teacher_ref, both_responses(pairs), config.batch_size, setup.device).view(2, -1)   # (2, all pairs)
-    loss_of = preference(teacher, pairs, ref_logps, config.teacher_beta, setup.device)
+    loss_of = preference(pairs, ref_logps, config.teacher_beta, setup.device)
     check_start(loss_of, teacher, list(range(len(pairs)))[:config.batch_size], torch.zeros(1))
     fit("teacher-dpo", teacher, loss_of, len(pairs), config.teacher_dpo_steps, config.teacher_dpo_lr, config, setup.seed,
         log_file, validate and (lambda: validate(teacher)))
@@ -518,10 +578,10 @@ def student_loss(method, policy, pairs, ref_logps, setup, teacher=None, psi=None
     """loss_of for one of METHODS. pairs: the student's; ref_logps (2, pairs); teacher: for bc, kd; psi (2, pairs): for tvkd."""
     config, device = setup.config, setup.device
     if method == "bc":
-        return supervised(policy, teacher_answers(teacher, pairs, setup), device)
+        return supervised(teacher_answers(teacher, pairs, setup), device)
     if method == "kd":
-        return distillation(policy, teacher, pairs, device)
-    loss_of = preference(policy, pairs, ref_logps, config.beta, device, psi, config.alpha)
+        return distillation(teacher, pairs, device)
+    loss_of = preference(pairs, ref_logps, config.beta, device, psi, config.alpha)
     first = list(range(len(pairs)))[:config.batch_size]
     check_start(loss_of, policy, first, torch.zeros(1) if psi is None else config.alpha * (psi[0] - psi[1])[first])
     return loss_of

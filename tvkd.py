@@ -40,6 +40,13 @@ def _at_least_float32(logits):
 # ---------------------------------------------------------------------------------------------------------------------------
 # Log-probabilities.   log pi(y|x) = sum_t log pi(a_t|s_t)
 
+def action_logps(logits, actions):
+    """log pi(a|s) of one action in each state: logits of any shape (..., V), actions (...) ids -> (...) nats."""
+    _expect_shape(logits.shape[:-1], actions=actions)
+    logits = _at_least_float32(logits)
+    return logits.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
 def token_logps(logits, tokens):
     """log pi(a_t|s_t) of every action.
 
@@ -49,11 +56,11 @@ def token_logps(logits, tokens):
     """
     _expect_shape(logits.shape[:2], tokens=tokens)
     actions = tokens[:, 1:]                                         # (B, T)    a_t = tokens[t+1]
-    logits = _at_least_float32(logits[:, :-1])                      # (B, T, V) the last state is never acted in
+    logits = logits[:, :-1]                                         # (B, T, V) the last state is never acted in
     # Trap: a padding state whose logits are all -inf has no distribution; masking its log-prob later would still send NaN
     # (0 * inf) back through logsumexp, so it is made uniform here.
     logits = logits.masked_fill(logits.amax(-1, keepdim=True).isneginf(), 0.0)
-    return logits.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)      # (B, T)
+    return action_logps(logits, actions)                            # (B, T)
 
 
 def sequence_logps(logps, mask):

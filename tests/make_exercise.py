@@ -1,4 +1,4 @@
-"""Writes tvkd.py as an assignment: everything but the bodies of its nine functions.
+"""Writes tvkd.py as an assignment: everything but the bodies of its ten functions.
 
     python tests/make_exercise.py > my_tvkd.py      the assignment
     pytest --impl=my_tvkd.py                        its tests, and the points
@@ -19,7 +19,8 @@ class Graded(NamedTuple):
 
 TOGETHER = "all together"
 FUNCTIONS = {
-    "token_logps": Graded(2, "log pi(a_t|s_t), a_t = tokens[t+1], from logits[:, t]"),
+    "action_logps": Graded(1, "log pi(a|s) = logit of a - logsumexp of all logits"),
+    "token_logps": Graded(1, "log pi(a_t|s_t), a_t = tokens[t+1], from logits[:, t]"),
     "sequence_logps": Graded(1, "log pi(y|x) = sum_t log pi(a_t|s_t), t over the mask"),
     "dpo_loss": Graded(2, "L = -log sigmoid( beta [ log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l) ] )"),
     "soft_value": Graded(1, "V_phi(s) = beta log sum_a exp(Q_phi(s,a)/beta), logits = Q/beta"),

@@ -171,7 +171,7 @@ def test_one_function_alone(tmp_path):
     done = grade("kd_loss")
     assert done.returncode == 0 and re.search(r"^kd_loss +(\d+) of +\1 tests +2 of +2 points$", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"^tvkd_loss +0 of +\d+ tests .* not run$", done.stdout, re.MULTILINE) and "total" not in done.stdout
-    assert "--function: expected one of token_logps, " in grade("loss").stderr
+    assert "--function: expected one of action_logps, " in grade("loss").stderr
 
 
 def test_exercises_names_exist():

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from conftest import close
 from make_exercise import TOGETHER
-from tvkd import (dpo_loss, implicit_value, kd_loss, nll_loss, sequence_logps, shaping, soft_value, token_logps, tvkd_loss)
+from tvkd import (action_logps, dpo_loss, implicit_value, kd_loss, nll_loss, sequence_logps, shaping, soft_value, token_logps,
+                  tvkd_loss)
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
 points = pytest.mark.points
@@ -23,6 +24,20 @@ def t(*values):
 
 
 # --- token_logps, sequence_logps -------------------------------------------------------------------------------------------
+
+@points("action_logps")
+def test_action_logps_by_hand():
+    """Logits (ln 1, ln 3), twice: log 3/4 of action 1 and log 1/4 of action 0, in any shape; gradient of the first: one-hot minus
+    probabilities, (-1/4, 1/4). Half precision is raised."""
+    logits = torch.tensor([[0.0, math.log(3)]] * 2, dtype=torch.double, requires_grad=True)
+    logps = action_logps(logits, torch.tensor([1, 0]))
+    close(logps, [math.log(0.75), math.log(0.25)])
+    close(torch.autograd.grad(logps[0], logits)[0], [[-0.25, 0.25], [0, 0]])
+    close(action_logps(logits.view(1, 2, 2), torch.tensor([[1, 0]])), [[math.log(0.75), math.log(0.25)]])
+    assert action_logps(torch.zeros(1, 2, dtype=torch.bfloat16), torch.tensor([0])).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"actions: expected shape \(2,\), got \(3,\)"):
+        action_logps(logits, torch.tensor([0, 1, 1]))
+
 
 @points("token_logps")
 def test_token_logps_shift():
