@@ -295,15 +295,14 @@ def named_tokenizer(name, option="tokenizer"):
                         f"network, and set TIKTOKEN_CACHE_DIR to the folder that holds it, or leave --{option} out") from None
 
 
-def save_tokenizer(tokenizer, path):
-    """Write a learned vocabulary in tiktoken's own text format: a line `base64(bytes) rank` for each token."""
+def tokenizer_text(tokenizer):
+    """A vocabulary in tiktoken's own text format: a line `base64(bytes) rank` for each token."""
     tokens = (tokenizer.decode_single_token_bytes(rank) for rank in range(tokenizer.eot_token))
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
-    Path(path).write_text("".join(lines), encoding="ascii")
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
 
 
 def load_tokenizer(path):
-    """Read what save_tokenizer wrote -> tiktoken.Encoding."""
+    """Read a file of `tokenizer_text` -> tiktoken.Encoding."""
     # Not tiktoken.load.load_tiktoken_bpe: it caches by path, so a rewritten file would come back stale.
     lines = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines()]
     return _encoding({base64.b64decode(token): int(rank) for token, rank in lines})

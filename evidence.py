@@ -38,6 +38,10 @@ import torch.nn.functional as F
 
 import data
 import train
+from measure import (against_dpo, batches, both_responses, cached_logps, cached_psi, cached_values, is_correct, psi_of_pairs,
+                     read_by, response_logps, summed_psi, table_row, tokens_in)
+from model import from_content, frozen
+from store import Store
 from figures import choices, identity, load, tables, without_setting
 from tvkd import dpo_loss
 
@@ -127,7 +131,7 @@ class Bench:
     """Models and setups of one seed, trained when first asked for and kept in the seed's folder."""
 
     def __init__(self, seed, folder):
-        self.seed, self.folder, self.setups = seed, folder, {}
+        self.seed, self.folder, self.setups, self.store = seed, folder, {}, Store(folder, {})
         folder.mkdir(parents=True, exist_ok=True)
 
     def config(self, cell):
@@ -148,16 +152,15 @@ class Bench:
         depends = {name: value for name, value in asdict(setup.config).items() if name in (*TEXTS, "batch_size")
                    or name.startswith(f"{who}_") and name != "student_pairs" or name == "teacher_tokenizer" and value}
         digest = hashlib.sha256(json.dumps([stage, torch.__version__, depends], sort_keys=True).encode()).hexdigest()[:12]
-        path = self.folder / f"{stage}-{digest}.pt"
-        if not path.exists():
+        def make(noted, partial):
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log_file:
                 if stage == "teacher-dpo":
-                    model = train.dpo_teacher(self.model("teacher-sft", setup), setup.teachers, log_file)
+                    model, _ = train.dpo_teacher(self.model("teacher-sft", setup), noted.teachers, log_file)
                 else:
-                    model = train.fine_tuned(who, setup.teachers if who == "teacher" else setup, log_file)
-            train.save_model(model, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-        return train.frozen(train.load_model(path, setup.device))
+                    model, _ = train.fine_tuned(who, noted.teachers if who == "teacher" else noted, log_file)
+            return {"config": asdict(model.config), "model": model.state_dict()}
+        content, _ = self.store.keep(f"{stage}-{digest}.pt", setup, {"seed": self.seed}, make)
+        return frozen(from_content(content))
 
 
 class Gauge(torch.nn.Module):
@@ -184,13 +187,13 @@ def swapped(where, pairs, ref_logps, psi):
 def soft_preference(pairs, ref_logps, beta, probability):
     """loss_of for DPO with soft labels: -p log sigmoid(margin) - (1 - p) log sigmoid(-margin), p (pairs,) that chosen wins."""
     def loss_of(model, ids):
-        both = train.both_responses([pairs[i] for i in ids])                                       # 2B rows
-        logps = train.response_logps(model, both, math.ceil(len(both) / train.PARTS), torch.device("cpu"))
+        both = both_responses([pairs[i] for i in ids])                                       # 2B rows
+        logps = response_logps(model, both, math.ceil(len(both) / train.PARTS), torch.device("cpu"))
         (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), ref_logps[:, ids]         # (B,) each
         p = probability[ids]
         losses = (p * dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
                   + (1 - p) * dpo_loss(rejected, chosen, ref_rejected, ref_chosen, beta))
-        return {"loss": losses.sum(), "n": len(ids), "tokens": train.tokens_in(both)}
+        return {"loss": losses.sum(), "n": len(ids), "tokens": tokens_in(both)}
     return loss_of
 
 
@@ -228,7 +231,7 @@ def trained(cell, setup, bench):
     if cell.method == "sft":
         return ref, 0.0
     pairs, teacher_pairs = (ids.train[:config.student_pairs or None] for ids in (setup.ids, setup.teacher_ids))
-    ref_logps = train.cached_logps(ref, train.both_responses(pairs), config.batch_size, setup.device).view(2, -1)
+    ref_logps = cached_logps(ref, both_responses(pairs), config.batch_size, setup.device).view(2, -1)
     teacher = teacher_ref = psi = None
     if cell.method in ("bc", "kd", "kd+tvkd") or cell.value:
         teacher, teacher_ref = (bench.model(stage, setup) for stage in ("teacher-dpo", "teacher-sft"))
@@ -237,7 +240,9 @@ def trained(cell, setup, bench):
             check_same_policy(Gauge(model, 0.0), Gauge(model, cell.dose), teacher_pairs, config.batch_size)
         teacher, teacher_ref = (Gauge(model, cell.dose) for model in (teacher, teacher_ref))
     if cell.value:
-        psi = train.summed_psi(cell.value, cell.terminal, teacher, teacher_ref, teacher_pairs, setup.teachers)     # (2, pairs)
+        values = cached_values(cell.value, teacher, teacher_ref, both_responses(teacher_pairs), config.teacher_beta,
+                               config.batch_size, setup.device)
+        psi = summed_psi(values, teacher_pairs, config.gamma, cell.terminal, setup.device)         # (2, pairs)
     if cell.control == "shuffled":
         order = torch.randperm(len(pairs), generator=generator)
         psi = psi[:, torch.empty_like(order).scatter(0, order, order.roll(1))]      # one cycle: no pair keeps its own
@@ -266,7 +271,7 @@ def trained(cell, setup, bench):
 
 def check_same_policy(model, moved, pairs, batch_size):
     """Raise unless the two give bit-identical log-probabilities of every response."""
-    for _, tokens, mask in train.batches(train.both_responses(pairs), batch_size, torch.device("cpu")):
+    for _, tokens, mask in batches(both_responses(pairs), batch_size, torch.device("cpu")):
         with torch.no_grad():
             one, other = (F.log_softmax(m(tokens), -1)[:, :-1][mask] for m in (model, moved))
         if not torch.equal(one, other):
@@ -299,7 +304,7 @@ def measured(cell, bench):
             model, origin, beta = bench.model("teacher-dpo", setup), bench.model("teacher-sft", setup), setup.config.teacher_beta
         else:
             model, bytes_ = trained(cell, setup, bench)
-        row, each = train.table_row(row, model, origin, beta, train.read_by(cell.method, setup), cell.split)
+        row, each = table_row(row, model, origin, beta, read_by(cell.method, setup), cell.split)
         row["bytes"] = bytes_
     row["seconds"] = round(time.perf_counter() - started, 1)
     return row, {name: x.tolist() for name, x in each.items()}
@@ -325,9 +330,9 @@ def knows(cell, setup, bench):
     """
     n = setup.config.student_pairs if cell.split == "train" else None
     pairs, texts = getattr(setup.ids, cell.split)[:n], getattr(setup.texts, cell.split)[:n]
-    models, both = [bench.model(stage, setup) for stage in ("teacher-dpo", "teacher-sft")], train.both_responses(pairs)
-    values = train.cached_values(cell.value, *models, both, setup.config.teacher_beta, setup.config.batch_size, setup.device)
-    psi = train.cached_psi(values, both, 1.0, cell.terminal)                                       # (2 * pairs, T)
+    models, both = [bench.model(stage, setup) for stage in ("teacher-dpo", "teacher-sft")], both_responses(pairs)
+    values = cached_values(cell.value, *models, both, setup.config.teacher_beta, setup.config.batch_size, setup.device)
+    psi = cached_psi(values, both, 1.0, cell.terminal)                                       # (2 * pairs, T)
     chosen, rejected = psi.sum(-1).view(2, -1)
     truth = torch.tensor([data.reward(p.prompt, p.chosen) - data.reward(p.prompt, p.rejected) for p in texts]).double()
     words = {}
@@ -337,11 +342,11 @@ def knows(cell, setup, bench):
         for kind, total in by_kind(prompt, response, pieces, of_row[len(row.prompt) - 1:][:len(pieces)].tolist()):
             words.setdefault(kind, []).append(total)
     found = {"n": len(pairs), "correlation": torch.corrcoef(torch.stack([chosen - rejected, truth]))[0, 1].item(),
-             "agrees": train.is_correct((chosen - rejected) * truth)[truth != 0].mean().item(),
+             "agrees": is_correct((chosen - rejected) * truth)[truth != 0].mean().item(),
              "words": {kind: {"n": len(totals), "psi": statistics.fmean(totals)} for kind, totals in sorted(words.items())}}
     if cell.split == "test" and setup.seed == 0:
         setup = setup._replace(config=replace(setup.config, terminal=cell.terminal))
-        found["pairs"] = train.psi_of_pairs(cell.value, *models, setup, most=3)
+        found["pairs"] = psi_of_pairs(cell.value, cell.terminal, *models, setup, most=3)
     return found
 
 
@@ -474,7 +479,7 @@ def paired(found, cells, swept):
         if base_each and base_each is not each:
             row["acc_vs_dpo"] = row["pref_acc"] - base["pref_acc"]
             if "reward" in each:
-                row = train.against_dpo(row, *(torch.tensor(x["reward"], dtype=torch.double) for x in (each, base_each)))
+                row = against_dpo(row, *(torch.tensor(x["reward"], dtype=torch.double) for x in (each, base_each)))
         rows.append(row)
     return rows
 

@@ -8,6 +8,7 @@ takes a batch of prompts of unequal length and keeps keys and values. Left out: 
 B rows, T positions, C = n_embd channels, H heads of D = C / H channels, S = block_size.
 """
 
+import copy
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,3 +204,15 @@ def evaluating(model):
         yield
     finally:
         model.train(training)
+
+
+def from_content(content):
+    """{"config": fields of GPTConfig, "model": state dict} -> GPT."""
+    model = GPT(GPTConfig(**content["config"]))
+    model.load_weights(content["model"])
+    return model
+
+
+def frozen(model):
+    """A copy that nothing trains: another object, so that the policy's steps cannot move its own reference."""
+    return copy.deepcopy(model).eval().requires_grad_(False)

@@ -6,7 +6,10 @@
     python train.py --ask=PROMPT            every model of a finished run answers
     python train.py --score=FILE.jsonl      implicit reward margins of other pairs under every model of a finished run
 
-text -> pairs -> token batch and mask (data.py) -> log-probs and values -> psi -> loss (tvkd.py, on models from model.py) -> table
+    torchrun --standalone --nproc_per_node=2 train.py       the same batches, shared out among processes
+
+text -> pairs -> token batch and mask (data.py) -> log-probs, values, psi (measure.py) -> loss (tvkd.py) -> table. What a stage leaves
+in --out is kept (store.py): the same command after a kill goes on where it was, another one makes only what its options change.
 
 Teacher: supervised fine-tuning, then DPO. Student: supervised fine-tuning; then, from that one student, on the same pairs in the
 same order and for the same number of steps, each of --methods:
@@ -14,35 +17,43 @@ same order and for the same number of steps, each of --methods:
     kd    KL(teacher || student) over the vocabulary, on the tokens of the chosen and the rejected response
     dpo   the labels alone; the reference is the student after supervised fine-tuning
     tvkd  the labels and psi, computed once from the teacher and kept
-Left out: resuming, several processes, mixed precision.
+Left out: float16 with loss scaling, models too large for one device.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
 import sys
 import time
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 
 import data
 from data import UserError
-from model import GPT, GPTConfig, evaluating
-from report import interval, label, printable, show_psi, table, write_report
-from tvkd import action_logps, dpo_loss, implicit_value, kd_loss, nll_loss, sequence_logps, shaping, soft_value, tvkd_loss
+from measure import (Setup, against_dpo, batches, both_responses, cached_logps, cached_values, evaluate, is_correct, psi_of_pairs,
+                     read_by, response_logps, reward_margins, sample, score, spoken, summed_psi, table_row, tokens_in)
+from model import GPT, GPTConfig, from_content, frozen
+from report import label, show_psi, table, write_report
+from store import Store, ctrl_c_held, fingerprint, fingerprint_of_code, load_safely, write
+from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
+from use import file_of, show_answers, use_run
 
 METHODS, VALUES, TERMINALS = ("bc", "kd", "dpo", "tvkd"), ("implicit", "logits"), ("zero", "hold", "value")
-DEFAULT_TERMINAL = {"implicit": "value", "logits": "hold"}      # logits: the network's output after EOS was never trained
+
+
+def terminal_of(kind, config):
+    """The potential of the finished response. Logits: the network's output after EOS was never trained."""
+    return config.terminal or {"implicit": "value", "logits": "hold"}[kind]
 
 
 def option(default, help, with_data=None):
@@ -84,6 +95,8 @@ class Config:
     student_layers: int = option(2, "blocks of the student")
     student_heads: int = option(4, "attention heads of the student")
     student_width: int = option(48, "channels of the student")
+    teacher_init: str = option("", "start the teacher from this nanoGPT checkpoint, whose sizes it takes; empty: new weights")
+    student_init: str = option("", "the same for the student")
     # training
     batch_size: int = option(64, "pairs (two rows each) in a step of every stage; supervised stages take as many rows", 8)
     micro_batch: int = option(0, "pairs, or rows, in memory at a time, for a gradient of the same batch; 0: the whole batch")
@@ -98,6 +111,7 @@ class Config:
     student_sft_lr: float = option(5e-3, "learning rate of the student's supervised fine-tuning")
     lr: float = option(3e-4, "learning rate of the student in dpo and tvkd", 1e-4)
     distill_lr: float = option(1e-2, "learning rate of the student in bc and kd", 1e-3)
+    save_interval: float = option(30.0, "seconds between two checkpoints of a stage in training; a kill loses no more than that")
     # measuring
     samples: int = option(4, "sampled responses per held-out prompt, at temperature 1", 1)
     max_new_tokens: int = option(48, "longest sampled response, in tokens", 128)
@@ -112,11 +126,12 @@ class Config:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is int:
-                least = 0 if f.name in ("seed", "train_pairs", "student_pairs", "micro_batch", "compile") else 1
+                least = 0 if f.name in ("seed", "train_pairs", "student_pairs", "micro_batch", "compile", "teacher_sft_steps",
+                                       "student_sft_steps") else 1
                 expect(f.name, value >= least, f"at least {least}")
             if f.type is float:
                 expect(f.name, math.isfinite(value) and value >= 0, "a number of at least 0")
-                expect(f.name, value > 0 or f.name in ("alpha", "gamma"), "a number above 0")
+                expect(f.name, value > 0 or f.name in ("alpha", "gamma", "save_interval"), "a number above 0")
         for name, known in (("methods", METHODS), ("value", VALUES)):
             chosen = getattr(self, name)
             expect(name, len(set(chosen)) == len(chosen) and set(chosen) <= set(known), f"some of {','.join(known)}, each once")
@@ -149,12 +164,16 @@ def parse_args(argv):
         parser.add_argument(f"--{f.name}", type=(lambda s: tuple(s.split(","))) if f.type is tuple else f.type,
                             default=argparse.SUPPRESS, metavar=f.name.upper(), help=f"{f.metadata['help']} ({shown})")
     given = vars(parser.parse_args(argv))
-    for name in ("data", "ask", "score", "out"):
+    for name in ("data", "ask", "score", "out", "teacher_init", "student_init"):
         if given.get(name) == "":                                           # an unset shell variable, most likely
             parser.error(f"--{name}: expected a value, got an empty one")
     unused = set(given) - {"ask", "score", "out", "seed", "device"}
     if unused and ("ask" in given or "score" in given):
         parser.error(f"--{min(unused)}: expected only --out, --seed and --device beside --ask and --score")
+    for name in sorted(given):
+        who, _, size = name.partition("_")
+        if size in ("layers", "heads", "width") and f"{who}_init" in given:
+            parser.error(f"--{name}: expected none beside --{who}_init, whose checkpoint has its own sizes")
     defaults = {f.name: f.metadata["with_data"] for f in fields(Config)} if given.get("data") else {}
     config = Config(**{**defaults, **given})
     config.check()
@@ -174,89 +193,6 @@ def in_bfloat16(precision, device):
     return precision == "bfloat16" or precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-class Setup(NamedTuple):
-    """What a run of one seed works with."""
-    config: Config
-    seed: int
-    device: torch.device
-    tokenizer: object           # a tiktoken.Encoding
-    texts: data.Splits
-    ids: data.Splits            # the same items as ids, in the same order
-    teacher_tokenizer: object   # the teacher's own; without --teacher_tokenizer the very same objects
-    teacher_ids: data.Splits
-
-    @property
-    def teachers(self):
-        """The Setup as the teacher reads it."""
-        return self._replace(tokenizer=self.teacher_tokenizer, ids=self.teacher_ids)
-
-
-def read_by(name, setup):
-    """The Setup as the model of this name reads it: the teacher may have another tokenizer."""
-    return setup.teachers if name == "teacher" else setup
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Scoring. One function for policy, reference and teacher: two code paths would differ at step 0, where the loss must be ln 2.
-
-def score(model, tokens, mask):
-    """tokens (B, T+1), mask (B, T) -> log-probs of the masked actions, 0 elsewhere: (B, T) nats. Only their states meet the head."""
-    logits = model(tokens, F.pad(mask, (0, 1)))                             # (n, V); the last state is never acted in
-    logps = action_logps(logits, tokens[:, 1:][mask])                       # (n,)
-    return torch.zeros(mask.shape, dtype=logps.dtype, device=mask.device).masked_scatter(mask, logps)
-
-
-def batches(rows, batch_size, device):
-    """Rows of ids -> (their indices, tokens, mask), every row once, rows of like length together: less padding."""
-    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
-    for start in range(0, len(rows), batch_size):
-        ids = order[start:start + batch_size]
-        tokens, mask = data.collate([rows[i] for i in ids])
-        yield ids, tokens.to(device), mask.to(device)
-
-
-def response_logps(model, rows, batch_size, device):
-    """Sequence log-probs of all rows, in their order: (len(rows),) nats."""
-    order, logps = [], []
-    for ids, tokens, mask in batches(rows, batch_size, device):
-        order += ids
-        logps.append(sequence_logps(score(model, tokens, mask), mask))
-    return torch.cat(logps)[torch.tensor(order, device=device).argsort()]
-
-
-@torch.no_grad()
-def cached_logps(model, rows, batch_size, device):
-    """What `response_logps` gives, once, to be looked up in every step."""
-    with evaluating(model):
-        return response_logps(model, rows, batch_size, device)
-
-
-@torch.no_grad()
-def cached_values(kind, teacher, teacher_ref, rows, beta, batch_size, device):
-    """The teacher's value of every state of every row: a list of float32 tensors, one float per token of the row."""
-    values = [None] * len(rows)
-    for ids, tokens, mask in batches(rows, batch_size, device):
-        if kind == "logits":
-            states = F.pad(mask, (0, 1)) | F.pad(mask, (1, 0))                                      # (B, T+1) s_p to s_end
-            batch = soft_value(teacher(tokens, states), beta)                                       # (n,)
-            batch = torch.zeros(states.shape, dtype=batch.dtype, device=device).masked_scatter(states, batch)          # (B, T+1)
-        else:
-            batch = implicit_value(score(teacher, tokens, mask), score(teacher_ref, tokens, mask), mask, beta)
-        for i, value in zip(ids, batch.cpu()):
-            values[i] = value[:sum(map(len, rows[i]))].clone()                                      # without the padding
-    return values
-
-
-def cached_psi(values, rows, gamma, terminal):
-    """psi of every action: values, a list of (tokens,) per row, -> (len(rows), T), 0 outside the response.
-
-    In float64, on the CPU: summed in float32, what should cancel (--terminal=zero) would leave rounding errors behind.
-    """
-    _, mask = data.collate(rows)                                                                    # (N, T)
-    padded = pad_sequence(values, batch_first=True).double()                                        # (N, T+1)
-    return shaping(padded, mask, gamma, terminal)
-
-
 # ---------------------------------------------------------------------------------------------------------------------------
 # Training. A stage is a loss_of(model, ids) -> {"loss": the sum over "n" pairs or tokens, further sums to log, "tokens": of the
 # batch}; `fit` minimises the mean of any of them.
@@ -269,58 +205,84 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate=None):
-    """Minimise loss_of over batches of the indices below n; log to the screen and to log_file, in intervals of `config`.
+def gradient(model, network, loss_of, ids, micro_batch):
+    """Fill .grad of the model with the gradient of the mean loss of the batch `ids` -> the sums of loss_of over all of it.
 
-    AdamW; the learning rate rises over the first tenth of the steps and falls to 0 over the second half. validate() -> metrics
-    is called at every eval_interval and must not touch the order of batches, which has a generator of its own.
+    network: the model, or what torchrun and torch.compile made of it. Every process takes its share of the batch in micro-batches,
+    which have unequal numbers of pairs or tokens: sums add up to the gradient of the whole batch, means would not.
     """
     rank, world = processes()
-    network = model if world == 1 else DistributedDataParallel(model)
+    micro_batches = world * math.ceil(len(ids) / (world * (micro_batch or len(ids))))
+    total = 0.0
+    for share in ids.tensor_split(micro_batches)[rank::world]:
+        # Without a pair of its own a process takes one times 0: all of them have to take part in every exchange.
+        sums = loss_of(network, (share if len(share) else ids[:1]).tolist())
+        sums = {name: x * (len(share) > 0) for name, x in sums.items()}
+        sums["loss"].backward()
+        total = total + torch.stack([torch.as_tensor(x, dtype=torch.float32, device=ids.device).detach() for x in sums.values()])
+    if world > 1:
+        dist.all_reduce(total)
+    total = dict(zip(sums, total.tolist()))
+    for parameter in model.parameters():
+        parameter.grad *= world / total["n"]                                # DistributedDataParallel took the processes' mean
+    return total
+
+
+def fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate=None, partial=None):
+    """Minimise loss_of over batches of the indices below n -> the lines of the log, which also go to the screen and to log_file.
+
+    AdamW; the learning rate rises over the first tenth of the steps and falls to 0 over the second half. validate() -> metrics
+    is called at every eval_interval and must not touch the order of batches, which has a generator of its own. partial: a
+    store.Partial to go on from, and to leave weights, optimiser and step in every save_interval seconds and at Ctrl-C.
+    """
+    device = next(model.parameters()).device
+    network = model if processes()[1] == 1 else DistributedDataParallel(model)
     network = torch.compile(network) if config.compile else network
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     order = data.epochs(n, config.batch_size, torch.Generator().manual_seed(seed))
+    state, done, lines = partial and partial.load(), 0, []
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done, lines = state["step"], state["log"]
+        print(f"  {stage}: going on from step {done}")
+    for line in lines:
+        print(json.dumps(line), file=log_file)
+    for _ in range(done):
+        next(order)
     model.train()
-    tokens, spent, since = 0, 0.0, time.perf_counter()
-    for step in range(1, steps + 1):
-        ids = next(order)
-        micro_batches = world * math.ceil(len(ids) / (world * (config.micro_batch or len(ids))))
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for share in ids.tensor_split(micro_batches)[rank::world]:
-            # Without a pair of its own a process takes one times 0: all of them have to take part in every exchange.
-            sums = loss_of(network, (share if len(share) else ids[:1]).tolist())
-            sums = {name: x * (len(share) > 0) for name, x in sums.items()}
-            sums["loss"].backward()
-            total = total + torch.stack([torch.as_tensor(x, dtype=torch.float32).cpu().detach() for x in sums.values()])
-        if world > 1:
-            total = total.to(next(model.parameters()).device)
-            dist.all_reduce(total)
-        total = dict(zip(sums, total.tolist()))
-        # Trap: micro-batches have unequal numbers of tokens. Sums add up to the gradient of the whole batch, means would not.
-        for parameter in model.parameters():
-            parameter.grad *= world / total["n"]                            # DistributedDataParallel took the processes' mean
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not math.isfinite(total["loss"]) or not norm.isfinite():
-            raise FloatingPointError(f"{stage}: loss {total['loss'] / total['n']}, gradient norm {norm.item()} at step {step}; "
-                                     f"expected finite numbers, try a lower learning rate than {lr}. Batch: {ids.tolist()}")
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, 10 * step / steps, 2 - 2 * (step - 1) / steps)
-        optimizer.step()
+    tokens, spent, since, saved = 0, 0.0, time.perf_counter(), time.perf_counter()
+    with ctrl_c_held() if partial else nullcontext() as interrupted:
+        for step in range(done + 1, steps + 1):
+            ids = next(order)
+            optimizer.zero_grad(set_to_none=True)
+            total = gradient(model, network, loss_of, ids.to(device), config.micro_batch)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not math.isfinite(total["loss"]) or not norm.isfinite():     # before the step, so that no checkpoint has it in
+                raise FloatingPointError(f"{stage}: loss {total['loss'] / total['n']}, gradient norm {norm.item()} at step {step}; "
+                                         f"expected finite numbers, try a lower learning rate than {lr}; batch {ids.tolist()}")
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, 10 * step / steps, 2 - 2 * (step - 1) / steps)
+            optimizer.step()
+            tokens += total["tokens"]
 
-        tokens += total["tokens"]
-        validate_now = validate is not None and (step == steps or step % config.eval_interval == 0)
-        if not (validate_now or step in (1, steps) or step % config.log_interval == 0):
-            continue
-        spent += time.perf_counter() - since                                # training alone, without validation
-        metrics = {name: x / total["n"] for name, x in total.items() if name not in ("n", "tokens")}
-        metrics |= validate() if validate_now else {}
-        log_file.write(json.dumps({"seed": seed, "stage": stage, "step": step, **metrics}) + "\n")
-        log_file.flush()
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
-        left = spent / step * (steps - step)
-        print(f"  {stage} {step}/{steps}  {shown}  {tokens / spent:,.0f} tokens/s  {left:.0f} s left", flush=True)
-        since = time.perf_counter()
+            validate_now = validate is not None and (step == steps or step % config.eval_interval == 0)
+            if validate_now or step in (1, steps) or step % config.log_interval == 0:
+                spent += time.perf_counter() - since                        # training alone, without validation
+                metrics = {name: x / total["n"] for name, x in total.items() if name not in ("n", "tokens")}
+                metrics |= validate() if validate_now else {}
+                lines.append({"seed": seed, "stage": stage, "step": step, **metrics})
+                print(json.dumps(lines[-1]), file=log_file, flush=True)
+                shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
+                left = spent / (step - done) * (steps - step)
+                print(f"  {stage} {step}/{steps}  {shown}  {tokens / spent:,.0f} tokens/s  {left:.0f} s left", flush=True)
+                since = time.perf_counter()
+            if interrupted or partial and step < steps and time.perf_counter() - saved >= config.save_interval:
+                partial.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "log": lines})
+                saved = time.perf_counter()
+            if interrupted:
+                raise KeyboardInterrupt
+    return lines
 
 
 def summed(loss, rows, device):
@@ -364,28 +326,6 @@ def preference(pairs, ref_logps, beta, device, psi=None, alpha=0.0):
     return loss_of
 
 
-def tokens_in(rows):
-    return sum(len(row.prompt) + len(row.response) for row in rows)
-
-
-def both_responses(pairs):
-    """Pairs -> Rows: all chosen responses, then all rejected ones."""
-    return [data.Row(p.prompt, p.chosen) for p in pairs] + [data.Row(p.prompt, p.rejected) for p in pairs]
-
-
-def reward_margins(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """Implicit reward of the chosen minus that of the rejected response, beta times log-ratio each: (B,)."""
-    return beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)).detach()
-
-
-def is_correct(margins):
-    """1 where the chosen response has the larger implicit reward, 0 where not, 1/2 for a tie: (B,).
-
-    A model against itself ties; a policy at step 1 against cached log-probs does so only up to rounding.
-    """
-    return (margins > 0) + 0.5 * (margins == 0)
-
-
 def check_start(loss_of, model, ids, alpha_psi):
     """What must hold before a preference run: policy = reference, so the margin is 0 and the loss known; gradient not zero.
 
@@ -399,71 +339,6 @@ def check_start(loss_of, model, ids, alpha_psi):
           f"margin {margin:.1e}, expected 0; gradient norm {gradient:.3f}, expected not 0")
     if abs(loss.item() - expected) > 1e-3 or abs(margin) > 1e-3 or not gradient > 0:
         raise RuntimeError("the step 0 check failed: policy and reference are not the same model, or are scored differently")
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-@torch.no_grad()
-def sample(model, prompts, setup):
-    """One response at temperature 1 to each prompt of ids -> list of ids, with EOS where the model ended it."""
-    config, eos, responses = setup.config, setup.tokenizer.eot_token, []
-    generator = torch.Generator(setup.device).manual_seed(setup.seed)       # its own: the order of batches is not moved by it
-    for start in range(0, len(prompts), 4 * config.batch_size):
-        batch = prompts[start:start + 4 * config.batch_size]
-        for prompt, ids in zip(batch, model.generate(batch, config.max_new_tokens, eos, generator=generator)):
-            ended = len(ids) < config.max_new_tokens and len(prompt) + len(ids) < config.block_size
-            responses.append(ids + [eos] if ended else ids)
-    return responses
-
-
-def spoken(response, tokenizer):
-    """Response ids -> text, without EOS."""
-    return tokenizer.decode([token for token in response if token != tokenizer.eot_token])
-
-
-@torch.no_grad()
-def policy_kl(model, ref, rows, batch_size, device):
-    """KL(model || ref) in nats per response: summed over the vocabulary and over the states of the model's own responses."""
-    total = 0.0
-    with evaluating(model):
-        for _, tokens, mask in batches(rows, batch_size, device):
-            policy, reference = (F.log_softmax(m(tokens, F.pad(mask, (0, 1))).float(), -1) for m in (model, ref))
-            total += (policy.exp() * (policy - reference)).sum().item()
-    return total / len(rows)
-
-
-def cached_margins(model, ref, beta, pairs, setup):
-    """Implicit reward margin of every pair under one model, in batches: (len(pairs),)."""
-    both, size = both_responses(pairs), setup.config.batch_size
-    return reward_margins(*(logps for m in (model, ref) for logps in cached_logps(m, both, size, setup.device).chunk(2)), beta)
-
-
-def evaluate(model, ref, beta, split, samples, setup):
-    """One model on "val" or "test" -> (metrics, {"reward": of each prompt, "pref_acc": 1, 1/2 or 0 of each pair, "true_acc"}).
-
-    pref_acc: whether the implicit reward orders a pair as its label does; true_acc: as the true reward does, where it differs.
-
-    ref and beta: what the model started from and the beta of its implicit reward. `samples` responses to each prompt; the true
-    reward is known on the toy task alone.
-    """
-    pairs, config = getattr(setup.ids, split), setup.config
-    margins = cached_margins(model, ref, beta, pairs, setup)
-    prompts = [pair.prompt for pair in pairs for _ in range(samples)]
-    responses = sample(model, prompts, setup)
-    each = {"pref_acc": is_correct(margins)}
-    if not config.data:
-        asked = [pair.prompt for pair in getattr(setup.texts, split) for _ in range(samples)]
-        rewards = [data.reward(prompt, spoken(response, setup.tokenizer)) for prompt, response in zip(asked, responses)]
-        each["reward"] = torch.tensor(rewards, dtype=torch.double).view(-1, samples).mean(1)        # (prompts,)
-        gaps = [data.reward(p.prompt, p.chosen) - data.reward(p.prompt, p.rejected) for p in getattr(setup.texts, split)]
-        gaps = torch.tensor(gaps, device=setup.device)                                              # (pairs,)
-        each["true_acc"] = is_correct(margins * gaps.sign())[gaps != 0]                             # (pairs that differ,)
-    rows = [data.Row(*row) for row in zip(prompts, responses)]
-    means = {name: x.mean().item() for name, x in each.items()}
-    return {"reward": None, "true_acc": None, **means, "pref_margin": margins.mean().item(),
-            "kl": policy_kl(model, ref, rows, config.batch_size, setup.device),
-            "length": sum(map(len, responses)) / len(responses)}, each
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -502,62 +377,76 @@ def prepare(config, seed, device):
     if config.student_pairs > len(setup.ids.train):
         raise UserError(f"--student_pairs: expected at most the {len(setup.ids.train)} training pairs, "
                         f"got {config.student_pairs}")
+    for who, reader in (("teacher", setup.teachers), ("student", setup)):
+        if getattr(config, f"{who}_init"):
+            pretrained(who, reader)                                         # refused now rather than after an hour
     print("\n".join(lines))
     return setup
 
 
 def new_model(who, setup):
+    """A "teacher" or "student": new weights, or those of --teacher_init, --student_init."""
     config = setup.config
-    layers, heads, width = (getattr(config, f"{who}_{size}") for size in ("layers", "heads", "width"))
+    layers, heads, width, path = (getattr(config, f"{who}_{name}") for name in ("layers", "heads", "width", "init"))
     torch.manual_seed(setup.seed)                                           # weights depend on nothing that ran before
-    model = GPT(GPTConfig(setup.tokenizer.n_vocab, config.block_size, layers, heads, width,
-                          bfloat16=in_bfloat16(config.precision, setup.device))).to(setup.device)
+    if path:
+        model = pretrained(who, setup)
+    else:
+        model = GPT(GPTConfig(setup.tokenizer.n_vocab, config.block_size, layers, heads, width))
+    model.config.bfloat16 = in_bfloat16(config.precision, setup.device)
     print(f"{who}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    return model.to(setup.device)
+
+
+def pretrained(who, setup):
+    """The GPT of a nanoGPT checkpoint. Its context is cut to block_size; the rows that nanoGPT adds to round its vocabulary up to
+    a multiple of 64 go, so that no probability is left on ids that no text has."""
+    option, path = f"--{who}_init", getattr(setup.config, f"{who}_init")
+    n_vocab, block_size = setup.tokenizer.n_vocab, setup.config.block_size
+    try:
+        with open(path, "rb") as file:
+            content = load_safely(file, option)
+        sizes = {name: content["model_args"][name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")}
+        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
+        if sizes["vocab_size"] not in (n_vocab, 64 * math.ceil(n_vocab / 64)):
+            raise UserError(f"{option}: expected a vocabulary of the tokenizer's {n_vocab} ids, got {sizes['vocab_size']} in {path}")
+        if sizes["block_size"] < block_size:
+            raise UserError(f"{option}: expected a context of at least --block_size={block_size}, got {sizes['block_size']} in {path}")
+        model = GPT(GPTConfig(**{**sizes, "vocab_size": n_vocab, "block_size": block_size}))
+        rows = {"transformer.wte.weight": n_vocab, "lm_head.weight": n_vocab, "transformer.wpe.weight": block_size}
+        model.load_weights({name: tensor[:rows.get(name)] for name, tensor in state.items()})
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise UserError(f"{option}: expected a nanoGPT checkpoint with model and model_args, got {path}: {said}") from None
     return model
 
 
-def save_model(model, path):
-    torch.save({"config": asdict(model.config), "model": model.state_dict()}, path)
+def start_of(who, config):
+    """Digest of the checkpoint that a model starts from."""
+    path = getattr(config, f"{who}_init")
+    return path and hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def load_model(path, device):
-    checkpoint = torch.load(path, map_location=device, weights_only=True)
-    model = GPT(GPTConfig(**checkpoint["config"]))
-    model.load_weights(checkpoint["model"])
-    return model.to(device)
-
-
-def frozen(model):
-    """A copy that nothing trains: another object, so that the policy's steps cannot move its own reference."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def fine_tuned(who, setup, log_file):
-    """A new "teacher" or "student" after supervised fine-tuning on the corpus."""
+def fine_tuned(who, setup, log_file, partial=None):
+    """A new "teacher" or "student" after supervised fine-tuning on the corpus -> (model, lines of the log)."""
     config, rows = setup.config, [[row] for row in setup.ids.sft]
     model = new_model(who, setup)
     steps, lr = (getattr(config, f"{who}_sft_{name}") for name in ("steps", "lr"))
-    fit(f"{who}-sft", model, supervised(rows, setup.device), len(rows), steps, lr, config, setup.seed, log_file)
-    return model
+    loss_of = supervised(rows, setup.device)
+    return model, fit(f"{who}-sft", model, loss_of, len(rows), steps, lr, config, setup.seed, log_file, partial=partial)
 
 
-def dpo_teacher(teacher_ref, setup, log_file, validate=None):
-    """The teacher: DPO on all training pairs, from the fine-tuned teacher, which is its reference. validate: model -> metrics."""
+def dpo_teacher(teacher_ref, setup, log_file, validate=None, partial=None):
+    """DPO on all training pairs, from the fine-tuned teacher, its reference -> (model, lines). validate: model -> metrics."""
     config, pairs = setup.config, setup.ids.train
     teacher = copy.deepcopy(teacher_ref).requires_grad_(True)
     ref_logps = cached_logps(teacher_ref, both_responses(pairs), config.batch_size, setup.device).view(2, -1)   # (2, all pairs)
     loss_of = preference(pairs, ref_logps, config.teacher_beta, setup.device)
     check_start(loss_of, teacher, list(range(len(pairs)))[:config.batch_size], torch.zeros(1))
-    fit("teacher-dpo", teacher, loss_of, len(pairs), config.teacher_dpo_steps, config.teacher_dpo_lr, config, setup.seed,
-        log_file, validate and (lambda: validate(teacher)))
-    return teacher
-
-
-def summed_psi(kind, terminal, teacher, teacher_ref, pairs, setup):
-    """Sum of psi of each response of `pairs`, the teacher's ids: (2, pairs) float32, all that TVKD reads of the teacher."""
-    config, both = setup.config, both_responses(pairs)
-    values = cached_values(kind, teacher, teacher_ref, both, config.teacher_beta, config.batch_size, setup.device)
-    return cached_psi(values, both, config.gamma, terminal).sum(-1).float().view(2, -1).to(setup.device)
+    return teacher, fit("teacher-dpo", teacher, loss_of, len(pairs), config.teacher_dpo_steps, config.teacher_dpo_lr, config,
+                        setup.seed, log_file, validate and (lambda: validate(teacher)), partial)
 
 
 def teacher_answers(teacher, pairs, setup):
@@ -587,216 +476,193 @@ def student_loss(method, policy, pairs, ref_logps, setup, teacher=None, psi=None
     return loss_of
 
 
-def table_row(row, model, origin, beta, setup, split="test"):
-    """A row of the table -> (row, {"reward": of each prompt, ...}). origin, beta: what `evaluate` takes as ref and beta."""
-    metrics, each = evaluate(model, origin, beta, split, setup.config.samples, setup)
-    intervals = {f"{key}_ci": interval(x.tolist()) for key, x in each.items()}
-    return {**row, "seed": setup.seed, "pref_n": len(getattr(setup.ids, split)), "reward_ci": None, "true_acc_ci": None,
-            "vs_dpo": None, "vs_dpo_ci": None, **metrics, **intervals}, each
+def run(setup, store, log_file):
+    """One full pipeline of one seed -> (rows of the table, held-out pairs with psi per token). Prints as it goes.
 
-
-def against_dpo(row, rewards, dpo_rewards):
-    """The row with its difference to DPO; true rewards (prompts,) of both, paired by prompt."""
-    difference = rewards - dpo_rewards
-    return {**row, "vs_dpo": difference.mean().item(), "vs_dpo_ci": interval(difference.tolist())}
-
-
-def run(setup, folder, log_file):
-    """One full pipeline of one seed -> (rows of the table, held-out pairs with psi per token).
-
-    Prints as it goes; weights and tokenizers go to `folder`.
+    What each stage makes is kept in `store`, under the checksums of what it is made from. The stage gets a Setup whose options are
+    noted as it reads them: options must be read from that one, inside.
     """
-    config, seed, device = setup.config, setup.seed, setup.device
-    if not config.tokenizer:
-        data.save_tokenizer(setup.tokenizer, folder / "tokenizer.tiktoken")
-    if config.teacher_tokenizer.isdecimal():
-        data.save_tokenizer(setup.teacher_tokenizer, folder / "teacher.tiktoken")
+    seed, device, is_first = setup.seed, setup.device, processes()[0] == 0
+
+    def tokens(setup):
+        return {"tokenizer": fingerprint([[data.tokenizer_text(setup.tokenizer)]])}
+
+    def trained(stage, setup, made_from, train):
+        """The frozen model of a stage. train(setup, partial) -> (model, lines of its log, which go to log_file in any case)."""
+        def make(setup, partial):
+            model, lines = train(setup, partial)
+            return {"config": asdict(model.config), "model": model.state_dict(), "log": lines}
+        content, is_new = store.keep(file_of(stage), setup, {**made_from, **tokens(setup)}, make)
+        if not is_new:
+            print(f"  {stage}: kept in {store.folder / file_of(stage)}")
+            for line in content["log"]:
+                print(json.dumps(line), file=log_file)
+        return frozen(from_content(content)).to(device)
+
+    def fine_tuned_as(who, setup):
+        made_from = {"corpus": fingerprint(setup.ids.sft), f"weights of --{who}_init": start_of(who, setup.config)}
+        return trained(f"{who}-sft", setup, made_from, lambda setup, partial: fine_tuned(who, setup, log_file, partial))
 
     def validation(origin, beta, setup):
-        return lambda model: {f"val_{key}": x for key, x in evaluate(model, origin, beta, "val", 1, setup)[0].items()}
+        def validate(model):
+            return {f"val_{key}": x for key, x in evaluate(model, origin, beta, "val", 1, setup)[0].items()}
+        return validate if is_first else None
 
-    teacher_ref = frozen(fine_tuned("teacher", setup.teachers, log_file))
-    save_model(teacher_ref, folder / "teacher-sft.pt")
-    validate = validation(teacher_ref, config.teacher_beta, setup.teachers)
-    teacher = frozen(dpo_teacher(teacher_ref, setup.teachers, log_file, validate))
-    save_model(teacher, folder / "teacher-dpo.pt")
+    theirs = setup.teachers
+    teacher_ref = fine_tuned_as("teacher", theirs)
+    validate = validation(teacher_ref, setup.config.teacher_beta, theirs)
+    made_from = {"pairs": fingerprint(theirs.ids.train), **store.sums("teacher-sft.pt")}
+    teacher = trained("teacher-dpo", theirs, made_from,
+                      lambda theirs, partial: dpo_teacher(teacher_ref, theirs, log_file, validate, partial))
     # The student every method starts from, which is also its reference.
-    ref = frozen(fine_tuned("student", setup, log_file))
-    save_model(ref, folder / "student-sft.pt")
-    pairs, teacher_pairs = (ids.train[:config.student_pairs or None] for ids in (setup.ids, setup.teacher_ids))
-    ref_logps = cached_logps(ref, both_responses(pairs), config.batch_size, device).view(2, -1)    # (2, pairs)
+    ref = fine_tuned_as("student", setup)
+    validate = validation(ref, setup.config.beta, setup)
 
+    pairs, teacher_pairs = (ids.train[:setup.config.student_pairs or None] for ids in (setup.ids, theirs.ids))
+    both, teacher_both = both_responses(pairs), both_responses(teacher_pairs)
+    made_from = {"pairs": fingerprint(pairs), **store.sums("student-sft.pt")}
+    of_teacher = {"the teacher's pairs": fingerprint(teacher_pairs), **store.sums("teacher-sft.pt", "teacher-dpo.pt")}
+
+    def reference(setup, partial):
+        return {"logps": cached_logps(ref, both, setup.config.batch_size, device)}
+    content, _ = store.keep("ref-logps.pt", setup, made_from, reference)
+    ref_logps = content["logps"].to(device).view(2, -1)                                            # (2, pairs)
+
+    def teacher_values(kind):
+        def make(theirs, partial):
+            return {"values": torch.cat(cached_values(kind, teacher, teacher_ref, teacher_both, theirs.config.teacher_beta,
+                                                      theirs.config.batch_size, device))}          # one float a token
+        content, _ = store.keep(f"values-{kind}.pt", theirs, of_teacher, make)
+        return content["values"].split([tokens_in([row]) for row in teacher_both])
+    values = {kind: teacher_values(kind) for kind in setup.config.value if "tvkd" in setup.config.methods}
+
+    def student(row):
+        """The student of one row of the table."""
+        method, kind = row["method"], row["value"]
+
+        def train(setup, partial):
+            config, policy = setup.config, copy.deepcopy(ref).requires_grad_(True)
+            psi = summed_psi(values[kind], teacher_pairs, config.gamma, terminal_of(kind, config), device) if kind else None
+            loss_of = student_loss(method, policy, pairs, ref_logps, setup, teacher, psi)
+            lr = config.lr if method in ("dpo", "tvkd") else config.distill_lr
+            lines = fit(label(row), policy, loss_of, len(pairs), config.steps, lr, config, seed, log_file,
+                        validate and (lambda: validate(policy)), partial)
+            return policy, lines
+        kept = {"bc": of_teacher, "kd": of_teacher, "dpo": {}, "tvkd": store.sums(f"values-{kind}.pt") if kind else {}}[method]
+        return trained(label(row), setup, {**made_from, **kept}, train)
+
+    rows = [{"method": name, "value": None, "terminal": None} for name in ("teacher", "sft")]
     models = {"teacher": teacher, "sft": ref}
-    rows = [{"method": name, "value": None, "terminal": None} for name in models]
-    validate = validation(ref, config.beta, setup)
-    for method, kind in [(m, v) for m in config.methods for v in (config.value if m == "tvkd" else (None,))]:
-        row = {"method": method, "value": kind, "terminal": kind and (config.terminal or DEFAULT_TERMINAL[kind])}
-        psi = summed_psi(kind, row["terminal"], teacher, teacher_ref, teacher_pairs, setup.teachers) if kind else None
-        policy = copy.deepcopy(ref).requires_grad_(True)
-        loss_of = student_loss(method, policy, pairs, ref_logps, setup, teacher, psi)
-        lr = config.lr if method in ("dpo", "tvkd") else config.distill_lr
-        fit(label(row), policy, loss_of, len(pairs), config.steps, lr, config, seed, log_file, lambda: validate(policy))
-        save_model(policy, weights_file(folder, label(row)))
-        models[label(row)] = policy
-        rows.append(row)
+    for method, kind in [(m, v) for m in setup.config.methods for v in (setup.config.value if m == "tvkd" else (None,))]:
+        rows.append({"method": method, "value": kind, "terminal": kind and terminal_of(kind, setup.config)})
+        models[label(rows[-1])] = student(rows[-1])
+    if not is_first:
+        return [], []                                                       # evaluation and writing happen once
 
-    origins = dict.fromkeys(models, (ref, config.beta)) | {"teacher": (teacher_ref, config.teacher_beta)}
-    found = {name: table_row(row, models[name], *origins[name], read_by(name, setup)) for row, name in zip(rows, models)}
-    rewards = {name: each.get("reward") for name, (_, each) in found.items()}
-    rows = [row if name == "dpo" or rewards.get("dpo") is None else against_dpo(row, rewards[name], rewards["dpo"])
-            for name, (row, _) in found.items()]
+    def measured(row):
+        """(row of the table, true reward of each prompt or None)"""
+        name, own = label(row), read_by(label(row), setup)
+        origin = (teacher_ref, "teacher-sft") if name == "teacher" else (ref, "student-sft")
+
+        def make(setup, partial):
+            beta = setup.config.teacher_beta if name == "teacher" else setup.config.beta
+            row_of, each = table_row(row, models[name], origin[0], beta, setup)
+            return {"row": row_of, "reward": each.get("reward")}
+        made_from = {"held-out pairs": fingerprint(own.ids.test), "texts": fingerprint(own.texts.test), **tokens(own),
+                     **store.sums(file_of(name), file_of(origin[1]))}
+        content, _ = store.keep(file_of(name, ".row.pt"), own, made_from, make, wait=lambda: None)
+        return content["row"], content["reward"]
+    found = {label(row): measured(row) for row in rows}
+    dpo = found.get("dpo", (None, None))[1]
+    rows = [row if name == "dpo" or dpo is None else against_dpo(row, reward, dpo) for name, (row, reward) in found.items()]
 
     some = [[pair.prompt for pair in split.test[:2]] for split in (setup.texts, setup.ids, setup.teacher_ids)]
     show_answers(*some, models, setup)
-    shown = [psi_of_pairs(kind, teacher, teacher_ref, setup.teachers) for kind in config.value if "tvkd" in config.methods]
+    shown = [psi_of_pairs(kind, terminal_of(kind, setup.config), teacher, teacher_ref, theirs) for kind in values]
     for of_kind in shown:
         show_psi(of_kind[0], colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ, width=get_terminal_size().columns)
     return rows, sum(shown, [])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# Using a finished run
-
-def weights_file(folder, stage):
-    return folder / f"{stage.replace(' ', '-').replace('/', '-')}.pt"
-
-
-def load_run(config, device):
-    """What a run left in --out -> (its Setup without data, models by label, the reference and the beta of each by label)."""
-    folder = Path(config.out) / f"seed{config.seed}"
-
-    def load(stage):
-        return frozen(load_model(weights_file(folder, stage), device))
-
-    try:
-        results = json.loads((Path(config.out) / "results.json").read_text(encoding="utf-8"))
-        made = Config(**results["config"])
-        tokenizer = data.named_tokenizer(made.tokenizer) if made.tokenizer else data.load_tokenizer(folder / "tokenizer.tiktoken")
-        own = tokenizer
-        if made.teacher_tokenizer:
-            learned = made.teacher_tokenizer.isdecimal()
-            own = data.load_tokenizer(folder / "teacher.tiktoken") if learned else data.named_tokenizer(made.teacher_tokenizer)
-        labels = [label(row) for row in results["rows"] if row["seed"] == config.seed]
-        models = {name: load({"teacher": "teacher-dpo", "sft": "student-sft"}.get(name, name)) for name in labels}
-        origins = dict.fromkeys(labels, (models["sft"], made.beta)) | {"teacher": (load("teacher-sft"), made.teacher_beta)}
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"--out: expected the folder of a finished run with --seed={config.seed}, got {config.out}: "
-                        f"{' '.join(str(error).split())[:200]}") from None
-    return Setup(made, config.seed, device, tokenizer, None, None, own, None), models, origins
+@contextmanager
+def together(device):
+    """Under torchrun, one of its processes: the device is a GPU of its own where there are GPUs, and only the first one prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere) if dist.get_rank() else nullcontext():
+        yield device
+    dist.destroy_process_group()                                            # not after an error: the others may never answer
 
 
-def use_run(config, device):
-    """--ask and --score."""
-    setup, models, origins = load_run(config, device)
-    if config.ask:
-        ids = [tokenizer.encode_ordinary(config.ask) for tokenizer in (setup.tokenizer, setup.teacher_tokenizer)]
-        longest, room = max(map(len, ids)), setup.config.block_size - 1
-        if longest > room:
-            raise UserError(f"--ask: expected a prompt of at most {room} tokens, got {longest}")
-        show_answers([config.ask], ids[:1], ids[1:], models, setup)
-    if config.score:
-        score_pairs(config, setup, models, origins)
-
-
-def score_pairs(config, setup, models, origins):
-    """The pairs of --score -> scores.jsonl in --out: a line a pair, its implicit reward margin under every model.
-
-    A pair with a response that does not fit the context has null margins.
-    """
-    texts, size = data.load_pairs(config.score), setup.config.block_size
-    found, of_teacher = ([data.encode([pair], tokenizer, size) for pair in texts]
-                         for tokenizer in (setup.tokenizer, setup.teacher_tokenizer))
-    lines = [{"pair": i, "prompt": text.prompt, "margins": dict.fromkeys(models)} for i, text in enumerate(texts)]
-    fits = [(line, *own, *theirs) for line, (_, own, _), (_, theirs, _) in zip(lines, found, of_teacher) if own and theirs]
-    if not fits:
-        raise UserError(f"--score: expected a pair that fits in {size} tokens in {config.score}, got none")
-    print(f"{len(texts)} pairs; {sum(cut for _, _, cut in found)} with the prompt cut from the left, {len(texts) - len(fits)} "
-          f"with a response that does not fit in {size} tokens")
-    for name, model in models.items():
-        pairs = [theirs if name == "teacher" else own for _, own, theirs in fits]
-        margins = cached_margins(model, *origins[name], pairs, setup)
-        for (line, _, _), margin in zip(fits, margins.tolist()):
-            line["margins"][name] = margin
-        print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, accuracy {is_correct(margins).mean().item():.3f}")
-    path = Path(config.out) / "scores.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    print(f"margins in {path}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Showing
-
-def show_answers(prompts, ids, teacher_ids, models, setup):
-    """One sampled answer of every model to each prompt, given as text and as ids, with its true reward on the toy task."""
-    answers = {name: sample(model, teacher_ids if name == "teacher" else ids, read_by(name, setup))
-               for name, model in models.items()}
-    for i, prompt in enumerate(prompts):
-        print(f"\nprompt: {prompt.strip()[-300:]}")
-        for name, responses in answers.items():
-            text = " ".join(spoken(responses[i], read_by(name, setup).tokenizer).split())
-            score = "" if setup.config.data else f"  (reward {data.reward(prompt, text):+.1f})"
-            print(f"  {name:<20} {printable(text[:300])}{score}")
-
-
-def psi_of_pairs(kind, teacher, teacher_ref, setup, most=6):
-    """The first held-out pairs, token by token -> list of {"prompt", "value", "terminal", "chosen": {...}, "rejected": {...}}.
-
-    Each response: "tokens" as text, "psi" of each, and "values", V(s) of the states from s_p to s_end (one more than tokens).
-    """
-    config, pairs = setup.config, setup.ids.test[:most]
-    terminal, rows = config.terminal or DEFAULT_TERMINAL[kind], both_responses(pairs)
-    values = cached_values(kind, teacher, teacher_ref, rows, config.teacher_beta, config.batch_size, setup.device)
-    responses = []
-    for row, value, psi in zip(rows, values, cached_psi(values, rows, config.gamma, terminal)):
-        first, end = len(row.prompt) - 1, len(row.prompt) + len(row.response) - 1               # s_p and s_end
-        responses.append({"tokens": [setup.tokenizer.decode([token]) for token in row.response],
-                          "psi": psi[first:end].tolist(), "values": value[first:end + 1].tolist()})
-    return [{"seed": setup.seed, "prompt": text.prompt, "value": kind, "terminal": terminal, "chosen": chosen,
-             "rejected": rejected} for text, chosen, rejected in zip(setup.texts.test, responses, responses[len(pairs):])]
+def run_all(config, device, started):
+    """Every seed -> results.json, report.html and log.jsonl in --out."""
+    rows, shown, out, is_first = [], [], Path(config.out), processes()[0] == 0
+    common = {"torch": str(torch.__version__), "device": device.type, "the code": fingerprint_of_code()}
+    for seed in range(config.seed, config.seed + config.seeds):
+        setup = prepare(config, seed, device)                               # refuses bad data before --out is touched
+        folder = out / f"seed{seed}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if seed == config.seed and is_first:                            # no earlier run's table beside new weights
+                for name in ("results.json", "report.html", "log.jsonl"):
+                    (out / name).unlink(missing_ok=True)
+            log_file = open(out / "log.jsonl" if is_first else os.devnull, "a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out: expected a folder that can be written, got {config.out}: {error.strerror}") from None
+        for name, tokenizer, learned in (("tokenizer.tiktoken", setup.tokenizer, not config.tokenizer),
+                                         ("teacher.tiktoken", setup.teacher_tokenizer, config.teacher_tokenizer.isdecimal())):
+            if is_first and learned:
+                write(folder / name, data.tokenizer_text(tokenizer).encode())
+        with log_file:
+            store = Store(folder, {"seed": seed, **common}, is_first, dist.barrier if dist.is_initialized() else lambda: None)
+            new_rows, new_shown = run(setup, store, log_file)
+        if not is_first:
+            continue
+        rows, shown = rows + new_rows, shown + new_shown
+        made = {"torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads(),
+                "seconds": round(time.perf_counter() - started, 1)}
+        results = {"config": asdict(config), "rows": rows, "pairs": shown, "made": made}
+        log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        write_report(results, [json.loads(line) for line in log], out / "report.html")
+        write(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        print(f"\n{table(new_rows)}")
+    if config.seeds > 1:
+        print(f"\nall seeds\n{table(rows)}")
+    print(f"\n{time.perf_counter() - started:.0f} s; rows in {out / 'results.json'}, pairs and curves in {out / 'report.html'}")
 
 
 def main(argv=None):
-    started, rows, shown = time.perf_counter(), [], []
+    started = time.perf_counter()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")                            # a sampled character must not end a finished run
     try:
         config = parse_args(argv)
-        device, out = pick_device(config.device), Path(config.out)
+        device = pick_device(config.device)
         if config.ask or config.score:
             use_run(config, device)
-            return 0
-        for seed in range(config.seed, config.seed + config.seeds):
-            setup = prepare(config, seed, device)                           # refuses bad data before --out is touched
-            folder = out / f"seed{seed}"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                if seed == config.seed:                                     # no earlier run's table beside new weights
-                    for name in ("results.json", "report.html", "log.jsonl"):
-                        (out / name).unlink(missing_ok=True)
-                log_file = open(out / "log.jsonl", "a", encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"--out: expected a folder that can be written, got {config.out}: {error.strerror}") from None
-            with log_file:
-                new_rows, new_shown = run(setup, folder, log_file)
-            rows, shown = rows + new_rows, shown + new_shown
-            made = {"torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads(),
-                    "seconds": round(time.perf_counter() - started, 1)}
-            results = {"config": asdict(config), "rows": rows, "pairs": shown, "made": made}
-            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            write_report(results, [json.loads(line) for line in log], out / "report.html")
-            print(f"\n{table(new_rows)}")
+        else:
+            with together(device) as device:
+                run_all(config, device, started)
+        return 0
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        status, said = 2, error
     except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        status, said = 1, error
+    except KeyboardInterrupt:
+        status, said = 130, "stopped; the same command goes on from here"
+    except BrokenPipeError:                                                 # whoever read the output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python would try again at its end
         return 1
-    if config.seeds > 1:
-        print(f"\nall seeds\n{table(rows)}")
-    print(f"\n{time.perf_counter() - started:.0f} s; rows in {out / 'results.json'}, pairs and curves in {out / 'report.html'}")
-    return 0
+    except OSError as error:
+        status, said = 2, f"--out: expected a folder with room to write, got {error}"
+    print(f"train.py: {said}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
