@@ -12,10 +12,11 @@ import torch.nn.functional as F
 import data
 import evidence
 import figures
+import measure
 import train
 from conftest import ROOT, close
 from evidence import Cell
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, frozen
 from tvkd import kd_loss
 
 TINY = (("batch_size", 8), ("block_size", 64), ("max_new_tokens", 8), ("samples", 1), ("student_heads", 2), ("student_layers", 1),
@@ -41,7 +42,7 @@ def test_soft_labels_by_hand(models):
     """At policy = reference ln 2 for every p, with gradient (1/2 - p) of the margin: p = 3/4 turns DPO's -1/2 into -1/4, p = 1/2
     into 0, p = 1 is DPO itself."""
     student, _, pairs = models
-    ref_logps = train.cached_logps(train.frozen(student), train.both_responses(pairs), 2, torch.device("cpu")).view(2, -1)
+    ref_logps = measure.cached_logps(frozen(student), measure.both_responses(pairs), 2, torch.device("cpu")).view(2, -1)
     parameters, ids = list(student.parameters()), list(range(6))
 
     def gradient(loss_of):
@@ -58,7 +59,7 @@ def test_soft_labels_away_from_the_reference(models):
     """Reference log-probs moved so that every margin is ln 3 (beta 1): -p ln(3/4) - (1 - p) ln(1/4) at p = 3/4 is
     ln 4 - 3/4 ln 3 = .562335."""
     student, _, pairs = models
-    logps = train.cached_logps(student, train.both_responses(pairs), 12, torch.device("cpu")).view(2, -1)
+    logps = measure.cached_logps(student, measure.both_responses(pairs), 12, torch.device("cpu")).view(2, -1)
     logps[0] -= math.log(3)
     loss = evidence.soft_preference(pairs, logps, 1.0, torch.full((6,), 0.75))(student, list(range(6)))["loss"]
     close(loss.detach(), 6 * 0.562335, 1e-5)
@@ -89,18 +90,18 @@ def test_gauge_moves_the_logits_value_and_nothing_else(models):
     """c(s_t) = t/2: bit-identical log-probs, the implicit values too; the logits value of state t rises by beta t/2, so that
     psi = V(s') - V(s) rises by beta/2 a token: with "value" the sum by beta n/2, with "hold" by beta (n - 1)/2."""
     student, teacher, pairs = models
-    rows, moved = train.both_responses(pairs), (evidence.Gauge(student, 0.5), evidence.Gauge(teacher, 0.5))
+    rows, moved = measure.both_responses(pairs), (evidence.Gauge(student, 0.5), evidence.Gauge(teacher, 0.5))
     evidence.check_same_policy(evidence.Gauge(teacher, 0.0), moved[1], pairs, 4)
     with pytest.raises(RuntimeError, match="gauge: expected the same policy"):
         evidence.check_same_policy(evidence.Gauge(teacher, 0.0), moved[0], pairs, 4)
 
     def values(kind, *models):
-        return train.cached_values(kind, *models, rows, 2.0, 4, torch.device("cpu"))
+        return measure.cached_values(kind, *models, rows, 2.0, 4, torch.device("cpu"))
     for before, after in zip(values("implicit", teacher, student), values("implicit", moved[1], moved[0])):
         torch.testing.assert_close(after.float(), before, atol=1e-4, rtol=0)
     before, after = values("logits", teacher, student), values("logits", moved[1], moved[0])
     for terminal, less in (("value", 0), ("hold", 1)):
-        change = train.cached_psi(after, rows, 1.0, terminal).sum(-1) - train.cached_psi(before, rows, 1.0, terminal).sum(-1)
+        change = measure.cached_psi(after, rows, 1.0, terminal).sum(-1) - measure.cached_psi(before, rows, 1.0, terminal).sum(-1)
         torch.testing.assert_close(change, torch.tensor([len(row.response) - less for row in rows]).double(), atol=1e-3, rtol=0)
 
 
@@ -212,7 +213,7 @@ def test_controls_train(tmp_path, monkeypatch):
     assert len(kl) > 14 and len(set(kl.values())) == len(kl), kl
     bench = evidence.Bench(0, evidence.kept(tmp_path, 0))
     for chosen, same in ((1.0, True), (-1.0, False)):
-        monkeypatch.setattr(train, "summed_psi", lambda *args: torch.tensor([[chosen] * 8, [0.0] * 8]))
+        monkeypatch.setattr(evidence, "summed_psi", lambda *args: torch.tensor([[chosen] * 8, [0.0] * 8]))
         assert (evidence.measured(relabel, bench)[0]["kl"] == kl[("dpo", None, None, "")]) == same
 
 

@@ -15,10 +15,13 @@ import pytest
 import torch
 
 import data
+import measure
 import report
 import train
+import use
 from conftest import ROOT
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, from_content, frozen
+from store import read
 from tvkd import implicit_value, sequence_logps
 
 SMALL = ["--train_pairs=24", "--student_pairs=12", "--val_pairs=6", "--test_pairs=10", "--batch_size=8", "--samples=2",
@@ -54,8 +57,10 @@ def test_results(default_run):
     assert rows["dpo"]["vs_dpo"] is None and rows["kd"]["vs_dpo"] == pytest.approx(rows["kd"]["reward"] - rows["dpo"]["reward"])
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["config"]["alpha"] == 1.0 and results["made"]["torch"] == torch.__version__
-    assert {p.name for p in (out / "seed0").iterdir()} == {"tokenizer.tiktoken", *(f"{stage}.pt" for stage in (
-        "teacher-sft", "teacher-dpo", "student-sft", "bc", "kd", "dpo", "tvkd-implicit-value", "tvkd-logits-hold"))}
+    measured = ("teacher-dpo", "student-sft", "bc", "kd", "dpo", "tvkd-implicit-value", "tvkd-logits-hold")
+    assert {p.name for p in (out / "seed0").iterdir()} == {
+        "tokenizer.tiktoken", "teacher-sft.pt", "ref-logps.pt", "values-implicit.pt", "values-logits.pt",
+        *(f"{stage}.pt" for stage in measured), *(f"{stage}.row.pt" for stage in measured)}
 
 
 def test_log(default_run):
@@ -179,7 +184,7 @@ def setup():
     for seed in (0, 1):
         torch.manual_seed(seed)
         models.append(GPT(GPTConfig(tokenizer.n_vocab, 128, 1, 2, 8)))
-    return models[0], train.frozen(models[0]), train.frozen(models[1]), pairs
+    return models[0], frozen(models[0]), frozen(models[1]), pairs
 
 
 CPU = torch.device("cpu")
@@ -192,11 +197,11 @@ def test_wiring(tmp_path):
     rows, log = run(tmp_path, *options)
     config = train.parse_args([*SMALL, *options])
     setup = train.prepare(config, 0, CPU)
-    _, models, _ = train.load_run(train.Config(out=str(tmp_path)), CPU)
+    _, models, _ = use.load_run(train.Config(out=str(tmp_path)), CPU)
     models["teacher before DPO"] = GPT(models["teacher"].config)
     models["teacher before DPO"].load_weights(torch.load(tmp_path / "seed0" / "teacher-sft.pt", weights_only=True)["model"])
-    both = train.both_responses(setup.ids.train[:5])
-    logps = {name: train.cached_logps(model, both, 10, CPU) for name, model in models.items()}
+    both = measure.both_responses(setup.ids.train[:5])
+    logps = {name: measure.cached_logps(model, both, 10, CPU) for name, model in models.items()}
 
     def first(stage):
         return next(line for line in log if line["stage"] == stage)
@@ -210,8 +215,8 @@ def test_wiring(tmp_path):
         assert first(stage)["loss"] == pytest.approx(expected, abs=1e-5), stage
     # behaviour cloning: the student's mean -log p of the teacher's own answers
     prompts = [row.prompt for row in both]
-    tokens, mask = data.collate([data.Row(*row) for row in zip(prompts, train.sample(models["teacher"], prompts, setup))])
-    assert first("bc")["loss"] == pytest.approx(train.nll_loss(train.score(models["sft"], tokens, mask), mask).item(), abs=1e-5)
+    tokens, mask = data.collate([data.Row(*row) for row in zip(prompts, measure.sample(models["teacher"], prompts, setup))])
+    assert first("bc")["loss"] == pytest.approx(train.nll_loss(measure.score(models["sft"], tokens, mask), mask).item(), abs=1e-5)
     # margins are beta times the difference of log-ratios, the teacher's with its own beta
     for line in log:
         if "margin" in line:
@@ -222,17 +227,17 @@ def test_wiring(tmp_path):
     rewards = {}
     for name, row in rows.items():
         ref, beta = (models["teacher before DPO"], 0.25) if name == "teacher" else (models["sft"], 0.5)
-        metrics, each = train.evaluate(models[name], ref, beta, "test", 2, setup)
+        metrics, each = measure.evaluate(models[name], ref, beta, "test", 2, setup)
         assert {key: row[key] for key in metrics} == pytest.approx(metrics, abs=1e-5), name
         rewards[name] = each["reward"]
         if name != "sft":
             last = [line for line in log if line["stage"] == {"teacher": "teacher-dpo"}.get(name, name)][-1]
-            metrics, _ = train.evaluate(models[name], ref, beta, "val", 1, setup)
+            metrics, _ = measure.evaluate(models[name], ref, beta, "val", 1, setup)
             assert {key: last[f"val_{key}"] for key in metrics} == pytest.approx(metrics, abs=1e-5), name
     assert rows["kd"]["vs_dpo_ci"] == pytest.approx(report.interval((rewards["kd"] - rewards["dpo"]).tolist()))
     # two answers to each prompt, side by side
     prompts = [pair.prompt for pair in setup.ids.test for _ in range(2)]
-    texts = [train.spoken(answer, setup.tokenizer) for answer in train.sample(models["bc"], prompts, setup)]
+    texts = [measure.spoken(answer, setup.tokenizer) for answer in measure.sample(models["bc"], prompts, setup)]
     by_hand = [(data.reward(pair.prompt, texts[2 * i]) + data.reward(pair.prompt, texts[2 * i + 1])) / 2
                for i, pair in enumerate(setup.texts.test)]
     assert rewards["bc"].tolist() == by_hand
@@ -249,13 +254,13 @@ def test_teacher_of_another_vocabulary(tmp_path, capsys):
     rows, log = run(tmp_path, *options)
     assert list(rows) == ["teacher", "sft", "bc", "dpo", "tvkd implicit/value"]
     own = data.load_tokenizer(tmp_path / "seed0" / "teacher.tiktoken")
-    models = {stage: train.load_model(tmp_path / "seed0" / f"{stage}.pt", CPU).eval() for stage in ("teacher-sft", "teacher-dpo")}
+    models = {stage: from_content(read(tmp_path / "seed0" / f"{stage}.pt")).eval() for stage in ("teacher-sft", "teacher-dpo")}
     assert own.n_vocab == models["teacher-dpo"].config.vocab_size == 270
     psi = []
     for pair in data.toy_splits(24, 6, 10, 0).train[:5]:
         for response in (pair.chosen, pair.rejected):
             tokens, mask = data.collate([(own.encode_ordinary(pair.prompt), own.encode_ordinary(response) + [own.eot_token])])
-            phi, ref = (sequence_logps(train.score(models[stage], tokens, mask), mask) for stage in ("teacher-dpo", "teacher-sft"))
+            phi, ref = (sequence_logps(measure.score(models[stage], tokens, mask), mask) for stage in ("teacher-dpo", "teacher-sft"))
             psi.append(phi - ref)
     psi = torch.cat(psi).view(5, 2)
     expected = -torch.nn.functional.logsigmoid(psi[:, 1] - psi[:, 0]).mean().item()
@@ -264,11 +269,11 @@ def test_teacher_of_another_vocabulary(tmp_path, capsys):
 
     setup = train.prepare(train.parse_args([*SMALL, *options]), 0, CPU)
     answers = train.teacher_answers(models["teacher-dpo"], setup.ids.train[:5], setup)
-    theirs = train.sample(models["teacher-dpo"], [p.prompt for p in setup.teacher_ids.train[:5]] * 2, setup.teachers)
+    theirs = measure.sample(models["teacher-dpo"], [p.prompt for p in setup.teacher_ids.train[:5]] * 2, setup.teachers)
     for i, answer in enumerate(theirs):
         row = answers[i % 5][i // 5]
         assert row.prompt == setup.ids.train[i % 5].prompt
-        assert row.response == (setup.tokenizer.encode_ordinary(train.spoken(answer, own))
+        assert row.response == (setup.tokenizer.encode_ordinary(measure.spoken(answer, own))
                                 + [setup.tokenizer.eot_token] * (own.eot_token in answer))
 
     capsys.readouterr()
@@ -289,30 +294,30 @@ def test_true_accuracy_by_hand(setup, monkeypatch):
     tokenizer = data.learn_tokenizer(data.toy_splits(30, 1, 1, 0).train, 300)
     ids = data.encode(texts, tokenizer, 128)[1]
     splits = [data.Splits([], [], [], items) for items in (texts, ids)]
-    whole = train.Setup(train.Config(max_new_tokens=2), 0, CPU, tokenizer, *splits, tokenizer, splits[1])
-    margins = train.cached_margins(student, ref, 1.0, ids, whole)
+    whole = measure.Setup(train.Config(max_new_tokens=2), 0, CPU, tokenizer, *splits, tokenizer, splits[1])
+    margins = measure.cached_margins(student, ref, 1.0, ids, whole)
     assert margins.tolist() == [0, 0, 0]
-    monkeypatch.setattr(train, "cached_margins", lambda *args: torch.tensor([1.0, 1.0, 1.0]))
-    assert train.evaluate(student, ref, 1.0, "test", 1, whole)[1]["true_acc"].tolist() == [1, 0]
+    monkeypatch.setattr(measure, "cached_margins", lambda *args: torch.tensor([1.0, 1.0, 1.0]))
+    assert measure.evaluate(student, ref, 1.0, "test", 1, whole)[1]["true_acc"].tolist() == [1, 0]
 
 
 def test_psi_is_summed_in_float64():
     """60 values of size 1e4 in float32: strict psi adds up to -V(s_p) to 1e-9; float32 sums would be off by about 1e-2."""
     values = 1e4 * torch.randn(2, 62, generator=torch.Generator().manual_seed(0))
-    psi = train.cached_psi(list(values), [data.Row([0, 0], [0] * 60)] * 2, 1.0, "zero")
+    psi = measure.cached_psi(list(values), [data.Row([0, 0], [0] * 60)] * 2, 1.0, "zero")
     assert psi.sum(-1).tolist() == pytest.approx((-values[:, 1]).tolist(), abs=1e-9)
 
 
 def test_cache_is_the_live_score_of_each_row(setup):
     """Cached in batches sorted by length, looked up by index: within 1e-5 of scoring each row alone."""
     _, ref, teacher, pairs = setup
-    rows = train.both_responses(pairs)
-    logps = train.cached_logps(ref, rows, 5, CPU)
-    values = train.cached_values("implicit", teacher, ref, rows, 0.5, 5, CPU)
-    psi = train.cached_psi(values, rows, 1.0, "value").sum(-1)
+    rows = measure.both_responses(pairs)
+    logps = measure.cached_logps(ref, rows, 5, CPU)
+    values = measure.cached_values("implicit", teacher, ref, rows, 0.5, 5, CPU)
+    psi = measure.cached_psi(values, rows, 1.0, "value").sum(-1)
     for i, row in enumerate(rows):
         tokens, mask = data.collate([row])
-        own, its_teacher = train.score(ref, tokens, mask), train.score(teacher, tokens, mask)
+        own, its_teacher = measure.score(ref, tokens, mask), measure.score(teacher, tokens, mask)
         assert logps[i].item() == pytest.approx(sequence_logps(own, mask).item(), abs=1e-4)
         live = implicit_value(its_teacher, own, mask, 0.5)[0]
         torch.testing.assert_close(values[i], live, atol=1e-4, rtol=0)
@@ -323,10 +328,10 @@ def test_cache_is_the_live_score_of_each_row(setup):
 def test_training_moves_the_policy_alone(setup):
     """After 3 TVKD steps the policy has moved; reference and teacher have not, took no gradient and are in eval mode."""
     student, ref, teacher, pairs = setup
-    rows = train.both_responses(pairs)
-    logps = train.cached_logps(ref, rows, 8, CPU).view(2, -1)
-    values = train.cached_values("logits", teacher, ref, rows, 1.0, 8, CPU)
-    psi = train.cached_psi(values, rows, 1.0, "hold").sum(-1).float().view(2, -1)
+    rows = measure.both_responses(pairs)
+    logps = measure.cached_logps(ref, rows, 8, CPU).view(2, -1)
+    values = measure.cached_values("logits", teacher, ref, rows, 1.0, 8, CPU)
+    psi = measure.cached_psi(values, rows, 1.0, "hold").sum(-1).float().view(2, -1)
     before = {model: copy.deepcopy(model.state_dict()) for model in (student, ref, teacher)}
     loss_of = train.preference(pairs, logps, 1.0, CPU, psi, 1.0)
     train.fit("tvkd", student, loss_of, len(pairs), 3, 1e-2, train.Config(batch_size=8, log_interval=1), 0, io.StringIO())
@@ -348,9 +353,9 @@ def test_kd_reads_the_teacher(setup):
 
 def test_step_0_check_notices_another_reference(setup):
     student, ref, teacher, pairs = setup
-    rows = train.both_responses(pairs)
+    rows = measure.both_responses(pairs)
     for source, right in ((ref, True), (teacher, False)):
-        loss_of = train.preference(pairs, train.cached_logps(source, rows, 8, CPU).view(2, -1), 1.0, CPU)
+        loss_of = train.preference(pairs, measure.cached_logps(source, rows, 8, CPU).view(2, -1), 1.0, CPU)
         if right:
             train.check_start(loss_of, student, list(range(8)), torch.zeros(1))
         else:
@@ -360,9 +365,9 @@ def test_step_0_check_notices_another_reference(setup):
 
 def test_margins_by_hand():
     """beta 0.1; log-ratios 2 and 0, 0 and 1, 3 and 3: margins 0.2, -0.1, 0: right, wrong, a tie."""
-    margins = train.reward_margins(torch.tensor([2.0, 0, 3]), torch.tensor([0.0, 1, 3]), torch.zeros(3), torch.zeros(3), 0.1)
+    margins = measure.reward_margins(torch.tensor([2.0, 0, 3]), torch.tensor([0.0, 1, 3]), torch.zeros(3), torch.zeros(3), 0.1)
     assert margins.tolist() == pytest.approx([0.2, -0.1, 0.0])
-    assert train.is_correct(margins).tolist() == [1.0, 0.0, 0.5]
+    assert measure.is_correct(margins).tolist() == [1.0, 0.0, 0.5]
 
 
 def test_policy_kl_by_hand(setup):
@@ -376,7 +381,7 @@ def test_policy_kl_by_hand(setup):
             return self.logits.expand(int(states.sum()), 2)
 
     rows = [data.Row([0, 1], [1, 1, 0]), data.Row([1], [0, 1, 0])]
-    assert train.policy_kl(Constant(.5, .5), Constant(.9, .1), rows, 2, CPU) == pytest.approx(3 * 0.510826, abs=1e-5)
+    assert measure.policy_kl(Constant(.5, .5), Constant(.9, .1), rows, 2, CPU) == pytest.approx(3 * 0.510826, abs=1e-5)
 
 
 def test_psi_in_the_terminal(capsys):
@@ -517,7 +522,7 @@ def test_help_lists_every_option(capsys):
 
 def test_non_finite_loss_stops(tmp_path, capsys):
     assert train.main([*SMALL, f"--out={tmp_path}", "--teacher_sft_lr=1e30", "--teacher_sft_steps=40"]) == 1
-    assert re.search(r"teacher-sft: loss (nan|inf), gradient norm \S+ at step \d+;.* Batch: \[\d", capsys.readouterr().err)
+    assert re.search(r"teacher-sft: loss (nan|inf), gradient norm \S+ at step \d+;.* batch \[\d", capsys.readouterr().err)
 
 
 def test_cpu_never_touches_cuda(tmp_path):
@@ -531,10 +536,12 @@ def test_cpu_never_touches_cuda(tmp_path):
 
 @pytest.mark.parametrize("name, allowed", [
     ("tvkd", set()), ("model", set()), ("data", {"numpy", "tiktoken"}), ("report", set()),
-    ("train", {"data", "model", "report", "tvkd"}), ("figures", {"report"}),
-    ("evidence", {"data", "figures", "train", "tvkd"})])
+    ("measure", {"data", "model", "report", "tvkd"}), ("store", {"data", "numpy"}),
+    ("use", {"data", "measure", "model", "report", "store"}),
+    ("train", {"data", "measure", "model", "report", "store", "tvkd", "use"}), ("figures", {"report"}),
+    ("evidence", {"data", "figures", "measure", "model", "store", "train", "tvkd"})])
 def test_imports(name, allowed):
-    """tvkd and model import torch alone; data numpy, torch and tiktoken; train these and report; evidence runs train."""
+    """tvkd and model import torch alone; data numpy, torch and tiktoken; nothing imports what comes after it."""
     tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -556,5 +563,5 @@ def test_readme_names_exist():
 def test_text_files_are_opened_as_utf8():
     """On Windows the default encoding is another."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
-        for call in re.findall(r"(?:\bopen|read_text|write_text)\([^\n]*", path.read_text(encoding="utf-8")):
-            assert "encoding=" in call or path.parent.name == "tests", f"{path.name}: {call}"
+        for call in re.findall(r"(?:(?<!os\.)\bopen|read_text|write_text)\([^\n]*", path.read_text(encoding="utf-8")):
+            assert "encoding=" in call or 'b")' in call or path.parent.name == "tests", f"{path.name}: {call}"
