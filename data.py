@@ -7,12 +7,13 @@ turns either into the same tuple of token ids, and `collate` turns rows of ids i
     mask   (B, T)   bool, of actions          [[0, 1, 1],    [1, 0, 0]]     action t is tokens[t+1]
 
 Prompt and response are tokenised apart and joined as ids, so that no merge crosses the border between them. EOS is appended as
-an id, once, and is scored. Left out: streaming, chat templates of particular models.
+an id, once, and is scored. Left out: data larger than memory (a pair of 2 kB takes about 13 kB), chat templates of models.
 """
 
 import base64
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ import tiktoken
 import torch
 
 END_OF_TEXT = "<|endoftext|>"       # the name of the EOS id; the same characters in a text are ordinary characters
+SECONDS = 3                         # between two lines of `progress`
 
 
 class UserError(ValueError):
@@ -134,24 +136,45 @@ def load_pairs(path):
 
     Raises UserError with `file:line: what was expected` for the first line that is not a pair in one of the four layouts.
     """
-    pairs = []
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        if Path(path).exists() and not Path(path).is_file():                    # opened, a pipe nobody writes to waits for ever
+            raise UserError(f"{path}: expected a readable JSONL file, got a folder, a pipe or a device")
+        with open(path, "rb") as file:                                          # bytes: a line ends at \n and nowhere else
+            lines = (line.removeprefix(b"\xef\xbb\xbf").rstrip() for line in file)      # a byte-order mark is not text
+            pairs = list(progress((_parse_line(path, i, line) for i, line in enumerate(lines, 1) if line), path))
     except OSError as error:
         raise UserError(f"{path}: expected a readable JSONL file, got: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            pairs.append(parse_pair(json.loads(line.decode("utf-8-sig"))))      # -sig: a byte-order mark is not text
-        except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-        except (ValueError, RecursionError) as error:       # not UTF-8, not JSON, nested too deeply
-            reason = str(error).replace(": line 1 column", " at column")
-            raise UserError(f"{path}:{number}: expected one JSON object in UTF-8, got: {reason}") from None
     if not pairs:
         raise UserError(f"{path}: expected at least one preference pair, got an empty file")
     return pairs
+
+
+def _parse_line(path, number, line):
+    try:
+        return parse_pair(json.loads(line.decode("utf-8"), object_pairs_hook=_record))
+    except UserError as error:
+        raise UserError(f"{path}:{number}: {error}") from None
+    except (ValueError, RecursionError) as error:           # not UTF-8, not JSON, nested too deeply
+        reason = re.sub("(?: at)?: line 1 column", " at column", str(error))
+        raise UserError(f"{path}:{number}: expected one JSON object in UTF-8, got: {reason}") from None
+
+
+def _record(items):
+    names = [name for name, _ in items]
+    if len(set(names)) < len(names):                        # json.loads would keep the last of two
+        raise UserError(f"expected a field once in an object, got {Counter(names).most_common(1)[0][0]!r:.60} again")
+    return dict(items)
+
+
+def progress(items, what):
+    """Yield the items; every SECONDS a line tells how many there were and how fast."""
+    start = shown = time.perf_counter()
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if now - shown >= SECONDS:
+            unit, shown = f"{type(item).__name__.lower()}s", now
+            print(f"  {what}: {count:,} {unit}, {count / (now - start):,.0f} {unit}/s", flush=True)
 
 
 def parse_pair(record):
@@ -206,7 +229,7 @@ def _turns(name, messages):
         known = isinstance(message, dict) and message.get("role") in list(ROLES)          # a list: a role may not be hashable
         if not (known and isinstance(message.get("content"), str)):
             raise UserError(f'expected "{name}" as messages {{"role": {"|".join(ROLES)}, "content": "..."}}, '
-                            f"got {str(message)[:60]}")
+                            f"got {message!r:.60}")
     return [f"\n\n{ROLES[message['role']]}: {message['content']}" for message in messages]
 
 
@@ -249,6 +272,7 @@ def split_pairs(pairs, train, val, test, seed):
 # Letters, digits, other signs, each with the space before it, or a run of spaces: no token reaches across two of them.
 PIECES = r" ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
 LEARNED_FROM = 300_000              # characters of training text; more would hardly change the vocabulary
+PART = 100_000                      # characters encoded at once: where a million are spaces, tiktoken ends in a panic
 
 
 def learn_tokenizer(items, vocab_size):
@@ -260,7 +284,8 @@ def learn_tokenizer(items, vocab_size):
     if vocab_size < 257:
         raise UserError(f"--vocab_size: expected at least 257 (256 bytes and EOS), got {vocab_size}")
     text = "\n".join(part for item in items for part in item)[:LEARNED_FROM]
-    pieces = [([bytes([b]) for b in piece.encode()], n) for piece, n in Counter(re.findall(PIECES, text)).items()]
+    # [:1000]: merging within a piece takes time quadratic in its length.
+    pieces = [([bytes([b]) for b in piece[:1000].encode()], n) for piece, n in Counter(re.findall(PIECES, text)).items()]
     ranks, pairs = {bytes([b]): b for b in range(256)}, Counter()
 
     def count(parts, n):
@@ -321,10 +346,11 @@ def encode(items, tokenizer, block_size):
     The prompt is cut from the left, once for all responses of an item, so that the longest fits in block_size tokens. An item
     with a response that leaves no room for a prompt is not kept: cut, it would have no EOS and no terminal state.
     """
-    kept, encoded, cut = [], [], 0
-    for item in items:
+    kept, encoded, cut, same = [], [], 0, {}     # same: of equal ids one int stands in all rows; 8 bytes a token, not 40
+    for item in progress(items, "tokenised"):
         # encode_ordinary: "<|endoftext|>" written in a text stays text and never becomes EOS.
-        prompt, *responses = (tokenizer.encode_ordinary(text) for text in item)
+        prompt, *responses = ([same.setdefault(token, token) for start in range(0, len(text), PART)
+                               for token in tokenizer.encode_ordinary(text[start:start + PART])] for text in item)
         responses = [response + [tokenizer.eot_token] for response in responses]
         room = block_size - max(map(len, responses))
         if room > 0:
@@ -335,10 +361,8 @@ def encode(items, tokenizer, block_size):
 
 
 def collate(rows):
-    """Rows (prompt ids, response ids with EOS) -> tokens (B, T+1), mask (B, T).
+    """Rows (prompt ids, response ids with EOS) -> tokens (B, T+1), mask (B, T), as in the example at the top of this file.
 
-    Example: ([5, 6], [7, 0]) and ([5], [0]) with EOS = 0 give
-        tokens [[5, 6, 7, 0], [5, 0, 0, 0]]   mask [[0, 1, 1], [1, 0, 0]]
     The mask comes from lengths, never from ids: EOS may well be the padding id.
     """
     ends = [len(prompt) + len(response) for prompt, response in rows]

@@ -346,8 +346,17 @@ def check_start(loss_of, model, ids, alpha_psi):
 
 def prepare(config, seed, device):
     """Text -> Setup of one seed; how many prompts were cut and pairs dropped is printed, once nothing is left to refuse."""
-    sizes = (config.train_pairs, config.val_pairs, config.test_pairs)
-    texts = data.split_pairs(data.load_pairs(config.data), *sizes, seed) if config.data else data.toy_splits(*sizes, seed)
+    sizes, lines = (config.train_pairs, config.val_pairs, config.test_pairs), [f"seed {seed}"]
+    if config.data:
+        pairs = data.load_pairs(config.data)
+        texts, once = data.split_pairs(pairs, *sizes, seed), set(pairs)
+        unused, again = len(pairs) - sum(map(len, texts[1:])), len(pairs) - len(once)
+        swapped = sum((prompt, rejected, chosen) in once for prompt, chosen, rejected in once)
+        if unused or again or swapped:
+            lines.append(f"  {config.data}: {len(pairs)} pairs; {unused} left out by --train_pairs; kept: {again} that repeat "
+                         f"another, {swapped} that another contradicts")
+    else:
+        texts = data.toy_splits(*sizes, seed)
     if config.tokenizer:
         tokenizer = data.named_tokenizer(config.tokenizer)
     else:
@@ -357,7 +366,7 @@ def prepare(config, seed, device):
         own = data.learn_tokenizer(texts.train, int(config.teacher_tokenizer))
     elif config.teacher_tokenizer:
         own = data.named_tokenizer(config.teacher_tokenizer, "teacher_tokenizer")
-    kept, encoded, teachers, lines = [], [], [], [f"seed {seed}"]
+    kept, encoded, teachers = [], [], []
     for name, items in texts._asdict().items():
         text, ids, cut = data.encode(items, tokenizer, config.block_size)
         teacher_ids = ids

@@ -67,13 +67,14 @@ def score_pairs(config, setup, models, origins):
     A pair with a response that does not fit the context has null margins.
     """
     texts, size = data.load_pairs(config.score), setup.config.block_size
-    found, of_teacher = ([data.encode([pair], tokenizer, size) for pair in texts]
-                         for tokenizer in (setup.tokenizer, setup.teacher_tokenizer))
+    (kept, ids, cut), (their_kept, their_ids, _) = (data.encode(texts, tokenizer, size)
+                                                    for tokenizer in (setup.tokenizer, setup.teacher_tokenizer))
+    own, theirs = dict(zip(map(id, kept), ids)), dict(zip(map(id, their_kept), their_ids))          # by the text's identity
     lines = [{"pair": i, "prompt": text.prompt, "margins": dict.fromkeys(models)} for i, text in enumerate(texts)]
-    fits = [(line, *own, *theirs) for line, (_, own, _), (_, theirs, _) in zip(lines, found, of_teacher) if own and theirs]
+    fits = [(line, own[id(text)], theirs[id(text)]) for line, text in zip(lines, texts) if id(text) in own and id(text) in theirs]
     if not fits:
         raise UserError(f"--score: expected a pair that fits in {size} tokens in {config.score}, got none")
-    print(f"{len(texts)} pairs; {sum(cut for _, _, cut in found)} with the prompt cut from the left, {len(texts) - len(fits)} "
+    print(f"{len(texts)} pairs; {cut} with the prompt cut from the left, {len(texts) - len(fits)} "
           f"with a response that does not fit in {size} tokens")
     for name, model in models.items():
         pairs = [theirs if name == "teacher" else own for _, own, theirs in fits]

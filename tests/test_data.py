@@ -1,8 +1,12 @@
 """data.py: rewards by hand, the four layouts, masks by hand-written ids, and what bad input is told."""
 
+import itertools
 import json
 import re
+import time
+import tracemalloc
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -116,6 +120,7 @@ def test_four_layouts(record, pair):
       "rejected": CONVERSATION + [message("assistant", "No.")]}, "expected the prompt once"),
     ({"prompt": [{"role": ["user"], "content": "a"}], "chosen": [message("assistant", "x")], "rejected": [message("assistant", "y")]},
      'expected "prompt" as messages'),
+    ({"prompt": ["a\nb"], "chosen": [message("assistant", "x")], "rejected": [message("assistant", "y")]}, r"got 'a\nb'"),
     ({"chosen": HH + " So.", "rejected": " No."}, "share the prompt"),                          # prompt in one of the two
     ({"chosen": CONVERSATION + [message("assistant", "So.")], "rejected": [message("assistant", "No.")]}, "share the prompt"),
     ({"chosen": HH + " So.\n\nHuman: And?\n\nAssistant: Well.", "rejected": HH + " No."}, "share the prompt"),
@@ -138,6 +143,9 @@ GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     (b"\xff\xfe" + GOOD, ":1: expected one JSON object in UTF-8, got: 'utf-8' codec"),
     (GOOD + b"[" * 100_000 + b"\n", ":2: expected one JSON object"),
     (GOOD + b'{"prompt": "a", "chosen": "b"}\n', ':2: expected a field "rejected"'),
+    (b'{"a": \r\n' + GOOD, ":1: expected one JSON object in UTF-8, got: Expecting value at column 6"),
+    (b'{"a": "\t"}', ":1: expected one JSON object in UTF-8, got: Invalid control character at column 8"),
+    (GOOD[:-2] + b', "chosen": "d"}\n', ":1: expected a field once in an object, got 'chosen' again"),
     (b"", ": expected at least one preference pair"),
     (None, ": expected a readable JSONL file, got: No such file or directory"),
 ])
@@ -156,6 +164,48 @@ def test_load_pairs_reads_windows_files(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + (GOOD + b"\n" + json.dumps({"prompt": "é", "chosen": "b", "rejected": "c"}, ensure_ascii=False)
                                         .encode()).replace(b"\n", b"\r\n"))
     assert data.load_pairs(path) == [Pair("a", "b", "c"), Pair("é", "b", "c")]
+
+
+def test_load_pairs_splits_at_line_feeds_alone(tmp_path):
+    """U+2028, U+0085 and a form feed end a line for str.splitlines and, some of them, for json; here they are text."""
+    path, odd = tmp_path / "pairs.jsonl", Pair("a\u2028b", "c\x85d", "e\x0cf")
+    line = json.dumps(odd._asdict(), ensure_ascii=False).encode()
+    path.write_bytes(line + b"\r\n" + line + b"\n{")
+    with pytest.raises(UserError, match=re.escape(f"{path}:3: ")):
+        data.load_pairs(path)
+    path.write_bytes(line + b"\r\n" + line)
+    assert data.load_pairs(path) == [odd, odd]
+
+
+def test_memory_of_a_long_file(tmp_path):
+    """4,000 pairs of 962 bytes and about 700 ids: the text takes 1.1 times its bytes and never twice; an id takes 8 bytes, since
+    equal ids are one int (each an int of its own: 40)."""
+    path, sizes = tmp_path / "pairs.jsonl", torch.randint(100, 1000, (4000, 3, 40), generator=torch.Generator().manual_seed(0))
+    texts = [[" ".join(f"word{i}" for i in part) for part in pair] for pair in sizes.tolist()]
+    path.write_text("".join(json.dumps(Pair(*pair)._asdict()) + "\n" for pair in texts), encoding="utf-8")
+    tokenizer = learn_tokenizer([Row(" ".join(map(str, range(100, 1000))), "word")], 700)
+    tracemalloc.start()
+    pairs = data.load_pairs(path)
+    text, peak = tracemalloc.get_traced_memory()
+    ids = encode(pairs, tokenizer, 2000)[1]
+    both, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pairs == [Pair(*pair) for pair in texts] and peak < 1.5 * path.stat().st_size
+    count = sum(len(part) for pair in ids for part in pair)
+    assert 8 < (both - text) / count < 9 and count > 4000 * 500
+
+
+def test_progress(tmp_path, monkeypatch, capsys):
+    """A clock that goes on by a second at every look, and 3 seconds between two lines: of 7 pairs the third and the sixth."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(GOOD * 7)
+    encode([Row("a", "b")] * 7, BYTES, 64)
+    assert len(data.load_pairs(path)) == 7 and capsys.readouterr().out == ""    # soon done: no progress
+    monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    assert len(data.load_pairs(path)) == 7
+    assert capsys.readouterr().out == f"  {path}: 3 pairs, 1 pairs/s\n  {path}: 6 pairs, 1 pairs/s\n"
+    assert len(encode([Row("a", "b")] * 7, BYTES, 64)[1]) == 7
+    assert capsys.readouterr().out == "  tokenised: 3 rows, 1 rows/s\n  tokenised: 6 rows, 1 rows/s\n"
 
 
 def test_split_pairs_by_prompt():
@@ -194,6 +244,18 @@ def test_learned_vocabulary_is_a_bijection_and_stops_where_the_text_does():
     assert tokenizer.encode_ordinary("hi") == [256]
     with pytest.raises(UserError, match="--vocab_size: expected at least 257"):
         learn_tokenizer([Row("a", "b")], 256)
+
+
+def test_long_pieces():
+    """A run of 300,000 letters teaches a vocabulary in seconds, not hours, and a million spaces are encoded in parts, where
+    tiktoken at once ends in a panic; the ids give the text back."""
+    began = time.perf_counter()
+    letters = "".join(chr(97 + i) for i in torch.randint(26, (300_000,), generator=torch.Generator().manual_seed(0)).tolist())
+    tokenizer = learn_tokenizer([Row(letters, " x")], 600)
+    assert time.perf_counter() - began < 10
+    for text in (" " * 10 ** 6 + "x", "\n" * 10 ** 6, letters):
+        _, [row], _ = encode([Row(text, "y")], tokenizer, 10 ** 7)
+        assert tokenizer.decode(row.prompt) == text
 
 
 def test_round_trip_of_any_text():

@@ -448,6 +448,18 @@ def test_what_is_cut_and_dropped_is_counted(preferences, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("train.py: --block_size: expected room for")
 
 
+def test_pairs_left_out_are_counted(preferences, capsys):
+    """40 pairs, of which 20, 6 and 10 are asked for: 4 are left out. A pair again and a pair with its labels swapped: 6."""
+    config = train.parse_args([*SMALL, f"--data={preferences}", "--train_pairs=20"])
+    train.prepare(config, 0, torch.device("cpu"))
+    assert "40 pairs; 4 left out by --train_pairs; kept: 0 that repeat another, 0 that another" in capsys.readouterr().out
+    first = json.loads(preferences.read_text(encoding="utf-8").splitlines()[0])
+    with open(preferences, "a", encoding="utf-8") as file:
+        file.write(f"{json.dumps(first)}\n{json.dumps({**first, 'chosen': first['rejected'], 'rejected': first['chosen']})}\n")
+    train.prepare(config, 0, torch.device("cpu"))
+    assert "42 pairs; 6 left out by --train_pairs; kept: 1 that repeat another, 2 that another" in capsys.readouterr().out
+
+
 # --- the command line ------------------------------------------------------------------------------------------------------
 
 def refused(capsys, *options):
