@@ -61,6 +61,7 @@ def fingerprint(items):
     """SHA-256 of Rows or Pairs, of texts or of ids."""
     digest = hashlib.sha256()
     for item in items:
+        digest.update(len(item).to_bytes(8, "little"))
         for part in item:
             raw = part.encode("utf-8") if isinstance(part, str) else np.asarray(part, dtype=np.int32).tobytes()
             digest.update(len(raw).to_bytes(8, "little") + raw)
@@ -101,6 +102,8 @@ class Store:
         found = self.find(path, partial.made_from, setup.config)
         wait()                                                              # nobody writes what another has yet to look at
         if found is not None:
+            if self.writes:
+                partial.path.unlink(missing_ok=True)                        # a kill may have come just before this
             return found, False
         found = make(setup._replace(config=partial.config), partial)
         if self.writes:

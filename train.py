@@ -246,8 +246,7 @@ def fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate=No
         optimizer.load_state_dict(state["optimizer"])
         done, lines = state["step"], state["log"]
         print(f"  {stage}: going on from step {done}")
-    for line in lines:
-        print(json.dumps(line), file=log_file)
+    print(*lines, sep="", end="", file=log_file)
     for _ in range(done):
         next(order)
     model.train()
@@ -271,8 +270,8 @@ def fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate=No
                 spent += time.perf_counter() - since                        # training alone, without validation
                 metrics = {name: x / total["n"] for name, x in total.items() if name not in ("n", "tokens")}
                 metrics |= validate() if validate_now else {}
-                lines.append({"seed": seed, "stage": stage, "step": step, **metrics})
-                print(json.dumps(lines[-1]), file=log_file, flush=True)
+                lines.append(json.dumps({"seed": seed, "stage": stage, "step": step, **metrics}) + "\n")
+                print(lines[-1], end="", file=log_file, flush=True)
                 shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
                 left = spent / (step - done) * (steps - step)
                 print(f"  {stage} {step}/{steps}  {shown}  {tokens / spent:,.0f} tokens/s  {left:.0f} s left", flush=True)
@@ -504,8 +503,7 @@ def run(setup, store, log_file):
         content, is_new = store.keep(file_of(stage), setup, {**made_from, **tokens(setup)}, make)
         if not is_new:
             print(f"  {stage}: kept in {store.folder / file_of(stage)}")
-            for line in content["log"]:
-                print(json.dumps(line), file=log_file)
+            print(*content["log"], sep="", end="", file=log_file)
         return frozen(from_content(content)).to(device)
 
     def fine_tuned_as(who, setup):

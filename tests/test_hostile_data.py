@@ -19,6 +19,7 @@ import torch
 
 import data
 import train
+import use
 from data import Pair, UserError
 from test_train import SMALL, refused
 
@@ -277,7 +278,7 @@ def test_command_line_refuses(option, kind, tmp_path, capsys, monkeypatch):
         path.write_bytes(content)
     elif content:
         content(path)
-    monkeypatch.setattr(train, "load_run", lambda *_: (None, {}, {}))           # --score reads its file before it needs the run
+    monkeypatch.setattr(use, "load_run", lambda *_: (None, {}, {}))           # --score reads its file before it needs the run
 
     def denied(*_):
         raise PermissionError(13, "Permission denied")
