@@ -65,6 +65,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out by the README's command, run by .ci/run")
     config.addinivalue_line("markers", "points(function): the function of tvkd.py whose points this test decides")
     if config.getoption("--impl") is not None:
         path = config.invocation_params.dir / config.getoption("--impl")
