@@ -196,7 +196,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path, capsys)
         assert train.main([*given, f"--out={tmp_path / 'out'}", f"--student_init={path}", *options]) == 2
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
-    assert "--student_init: expected a vocabulary of the tokenizer's 290 ids, got 320" in said("--vocab_size=290")
+    assert "--student_init: expected a vocabulary of the tokenizer's 330 ids, got 320" in said("--vocab_size=330")
     assert "--student_init: expected a context of at least --block_size=200, got 128" in said("--block_size=200")
     for content in ({"model": {}}, {"model": {}, "model_args": sizes}, [1]):
         torch.save(content, path)
