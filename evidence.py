@@ -38,11 +38,12 @@ import torch.nn.functional as F
 
 import data
 import train
+from figures import choices, identity, load, tables, without_setting
 from measure import (against_dpo, batches, both_responses, cached_logps, cached_psi, cached_values, is_correct, psi_of_pairs,
                      read_by, response_logps, summed_psi, table_row, tokens_in)
 from model import from_content, frozen
+from options import Config
 from store import Store
-from figures import choices, identity, load, tables, without_setting
 from tvkd import dpo_loss
 
 SEEDS, SWEEP_SEEDS, TUNING_SEEDS, SPLITS = range(8), range(5), (100, 101), range(5)
@@ -62,7 +63,7 @@ class Cell(NamedTuple):
 def with_options(cell, **changes):
     """The cell with other options of train.py; those at their defaults are left out, so that equal cells are equal."""
     options = {**dict(cell.options), **changes}
-    return cell._replace(options=tuple(sorted((name, x) for name, x in options.items() if x != getattr(train.Config, name))))
+    return cell._replace(options=tuple(sorted((name, x) for name, x in options.items() if x != getattr(Config, name))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -136,8 +137,8 @@ class Bench:
 
     def config(self, cell):
         options = dict(cell.options)
-        defaults = {f.name: f.metadata["with_data"] for f in fields(train.Config)} if "data" in options else {}
-        return replace(train.Config(**defaults), **options)
+        defaults = {f.name: f.metadata["with_data"] for f in fields(Config)} if "data" in options else {}
+        return replace(Config(**defaults), **options)
 
     def setup(self, cell):
         config = self.config(cell)
@@ -265,7 +266,7 @@ def trained(cell, setup, bench):
         loss_of = train.student_loss(cell.method, policy, pairs, ref_logps, setup, teacher, psi_of)
     with open(bench.folder / "log.jsonl", "a", encoding="utf-8") as log_file:
         train.fit(key(cell), policy, loss_of, len(pairs), config.steps, config.lr, config, setup.seed, log_file)
-    labelled = setup.ids.train[:max(len(pairs), train.Config.student_pairs)]
+    labelled = setup.ids.train[:max(len(pairs), Config.student_pairs)]
     return policy, stored_bytes(cell, pairs, labelled, setup.tokenizer.n_vocab)
 
 
@@ -379,7 +380,7 @@ def key(cell):
 
 def kept(results, seed):
     """Folder of what is done of a seed: another one for other defaults of train.py or another torch. Code is not looked at."""
-    made = json.dumps([asdict(train.Config()), torch.__version__], sort_keys=True)
+    made = json.dumps([asdict(Config()), torch.__version__], sort_keys=True)
     return results / "work" / hashlib.sha256(made.encode()).hexdigest()[:12] / f"seed{seed}"
 
 
@@ -436,7 +437,7 @@ def run(plan, results, jobs):
         rows = [row for seed in seeds for row in paired(done(kept(results, seed)), cells, swept)]
         record = {"experiment": name, "made": {"torch": torch.__version__, "python": platform.python_version(),
                                                "machine": machine(), "threads": 1},
-                  "seconds": round(sum(row["seconds"] for row in rows)), "options": asdict(train.Config()), "rows": rows}
+                  "seconds": round(sum(row["seconds"] for row in rows)), "options": asdict(Config()), "rows": rows}
         text = json.dumps(record).replace('{"method"', '\n{"method"')          # a row a line
         part = results / f"{name}.tmp"
         part.write_text(text + "\n", encoding="utf-8")
@@ -449,7 +450,7 @@ def complete(path, seeds, cells):
     if not path.exists():
         return False
     record = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(asdict(train.Config())))
+    now = json.loads(json.dumps(asdict(Config())))
     wanted = {(seed, identity(as_row(cell))) for seed in seeds for cell in cells}
     return ({(row["seed"], identity(row)) for row in record["rows"]} == wanted
             and all(now.get(name, value) == value for name, value in record["options"].items()))
@@ -464,7 +465,7 @@ def as_row(cell):
 def paired(found, cells, swept):
     """The rows of one seed, each with its difference to DPO: the one with the same value of the swept option."""
     def at(row):
-        return row["dose"] if swept == "dose" else row["options"].get(swept, getattr(train.Config, swept or "", None))
+        return row["dose"] if swept == "dose" else row["options"].get(swept, getattr(Config, swept or "", None))
 
     def is_dpo(row):
         return row["method"] == "dpo" and row["control"] in ("", "noise") and row["split"] == "test"

@@ -20,7 +20,7 @@ import torch
 
 from data import UserError
 
-SOURCES = ("data.py", "measure.py", "model.py", "store.py", "train.py", "tvkd.py")
+SOURCES = ("data.py", "measure.py", "model.py", "options.py", "store.py", "train.py", "tvkd.py")
 DIGITS = 64                         # of a SHA-256
 NO_EFFECT = ("log_interval", "eval_interval", "save_interval")              # options that stages read, on nothing they make
 

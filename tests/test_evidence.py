@@ -17,6 +17,7 @@ import train
 from conftest import ROOT, close
 from evidence import Cell
 from model import GPT, GPTConfig, frozen
+from options import Config
 from tvkd import kd_loss
 
 TINY = (("batch_size", 8), ("block_size", 64), ("max_new_tokens", 8), ("samples", 1), ("student_heads", 2), ("student_layers", 1),
@@ -295,7 +296,7 @@ def test_every_table_and_figure_can_be_drawn():
                        "words": {kind: {"n": 1, "psi": 1.0} for kind in ("right", "wrong", "polite", "rude")}}
                 found[evidence.key(cell)] = row, {} if cell.method == "values" else {"reward": [row["reward"], 0.0]}
             rows += evidence.paired(found, cells, swept)
-        records[name] = {"rows": rows, "options": evidence.asdict(train.Config()), "seconds": 60.0,
+        records[name] = {"rows": rows, "options": evidence.asdict(Config()), "seconds": 60.0,
                          "made": {"machine": "m", "python": "3", "torch": "2"}}
     tables = figures.tables(records)
     assert set(tables) == {*records, "words", "psi"} and all(tables.values())

@@ -21,10 +21,11 @@ import data
 import train
 import use
 from data import Pair, UserError
+from options import parse_args
 from test_train import SMALL, refused
 
 EACH = 50
-CONFIG = train.parse_args(["--data=FILE", "--vocab_size=290", "--block_size=256", "--val_pairs=2", "--test_pairs=2"])
+CONFIG = parse_args(["--data=FILE", "--vocab_size=290", "--block_size=256", "--val_pairs=2", "--test_pairs=2"])
 BOM = b"\xef\xbb\xbf"
 
 TEXTS = ("Why? ", "naïve café ", "日本語。", "🙂👩\u200d👩\u200d👧", "שלום \u202eabc\u202c ", "<|endoftext|>", "</s>", "\0", "\x1b[31m",

@@ -15,8 +15,9 @@ import measure
 import train
 from conftest import ROOT, close
 from model import GPT, GPTConfig
+from options import parse_args, in_bfloat16
 from test_store import evil_files
-from test_train import SMALL, refused, run
+from test_train import SMALL, run
 
 SIZES = tuple(f"--{who}_{size}" for who in ("teacher", "student") for size in ("layers", "heads", "width"))
 CPU = torch.device("cpu")
@@ -126,11 +127,11 @@ def test_bfloat16_is_asked_for_only_where_it_is(monkeypatch):
     def asked():
         raise AssertionError("CUDA was asked")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
-    assert [train.in_bfloat16(precision, CPU) for precision in ("auto", "float32", "bfloat16")] == [False, False, True]
+    assert [in_bfloat16(precision, CPU) for precision in ("auto", "float32", "bfloat16")] == [False, False, True]
     for supported in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
-        assert train.in_bfloat16("auto", torch.device("cuda")) == supported
-        assert not train.in_bfloat16("float32", torch.device("cuda"))
+        assert in_bfloat16("auto", torch.device("cuda")) == supported
+        assert not in_bfloat16("float32", torch.device("cuda"))
 
 
 def test_bfloat16_keeps_log_probs_in_float32():
@@ -174,7 +175,7 @@ def test_start_from_a_nanogpt_checkpoint(checkpoint, tmp_path):
     """The same logits on the 300 ids and 64 positions that are left; a run starts from it, its sizes are the checkpoint's."""
     path, model, _ = checkpoint
     given = [arg for arg in FAST if not arg.startswith(SIZES)]
-    config = train.parse_args([*given, f"--student_init={path}"])
+    config = parse_args([*given, f"--student_init={path}"])
     setup = train.prepare(config, 0, CPU)
     assert setup.tokenizer.n_vocab == 300
     ours = train.new_model("student", setup)
@@ -207,5 +208,5 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path, capsys)
     assert "No such file" in said()
     assert not (tmp_path / "ran").exists()
     with pytest.raises(SystemExit):
-        train.parse_args([f"--teacher_init={path}", "--teacher_width=8"])
+        parse_args([f"--teacher_init={path}", "--teacher_width=8"])
     assert "--teacher_width: expected none beside --teacher_init" in capsys.readouterr().err

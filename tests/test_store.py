@@ -22,6 +22,7 @@ import data
 import store
 import train
 from conftest import ROOT
+from options import Config
 from test_train import SMALL
 
 TINY = [*SMALL, "--test_pairs=4", "--val_pairs=2", "--samples=1", "--max_new_tokens=6", "--save_interval=0"]
@@ -199,10 +200,10 @@ SAME = ("data", "out", "seeds", "device", "ask", "score", "tokenizer", "compile"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [f.name for f in fields(train.Config) if f.name not in SAME])
+@pytest.mark.parametrize("name", [f.name for f in fields(Config) if f.name not in SAME])
 def test_no_option_leaves_anything_stale(whole, tmp_path, name):
     """Each option changed, in the folder of the run without it: the rows of a run in an empty folder."""
-    small = next((arg.split("=")[1] for arg in reversed(TINY) if arg.startswith(f"--{name}=")), getattr(train.Config, name))
+    small = next((arg.split("=")[1] for arg in reversed(TINY) if arg.startswith(f"--{name}=")), getattr(Config, name))
     other = CHANGES.get(name) or (float(small) * 2 if "." in str(small) else int(small) + 1)
     methods = ("--methods=bc,dpo,tvkd",) if name == "teacher_tokenizer" else ()
     out = copy_of(whole, tmp_path)

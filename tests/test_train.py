@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import train
 import use
 from conftest import ROOT
 from model import GPT, GPTConfig, from_content, frozen
+from options import Config, parse_args
 from store import read
 from tvkd import implicit_value, sequence_logps
 
@@ -195,9 +197,9 @@ def test_wiring(tmp_path):
     5 student pairs, so that the first batch is all of them and every loss at step 1 can be worked out again."""
     options = ["--beta=0.5", "--teacher_beta=0.25", "--alpha=1.5", "--student_pairs=5"]
     rows, log = run(tmp_path, *options)
-    config = train.parse_args([*SMALL, *options])
+    config = parse_args([*SMALL, *options])
     setup = train.prepare(config, 0, CPU)
-    _, models, _ = use.load_run(train.Config(out=str(tmp_path)), CPU)
+    _, models, _ = use.load_run(Config(out=str(tmp_path)), CPU)
     models["teacher before DPO"] = GPT(models["teacher"].config)
     models["teacher before DPO"].load_weights(torch.load(tmp_path / "seed0" / "teacher-sft.pt", weights_only=True)["model"])
     both = measure.both_responses(setup.ids.train[:5])
@@ -267,7 +269,7 @@ def test_teacher_of_another_vocabulary(tmp_path, capsys):
     found = next(line for line in log if line["stage"] == "tvkd implicit/value" and line["step"] == 1)
     assert found["loss"] == pytest.approx(expected, abs=1e-5) and abs(found["loss"] - math.log(2)) > 1e-4
 
-    setup = train.prepare(train.parse_args([*SMALL, *options]), 0, CPU)
+    setup = train.prepare(parse_args([*SMALL, *options]), 0, CPU)
     answers = train.teacher_answers(models["teacher-dpo"], setup.ids.train[:5], setup)
     theirs = measure.sample(models["teacher-dpo"], [p.prompt for p in setup.teacher_ids.train[:5]] * 2, setup.teachers)
     for i, answer in enumerate(theirs):
@@ -294,7 +296,7 @@ def test_true_accuracy_by_hand(setup, monkeypatch):
     tokenizer = data.learn_tokenizer(data.toy_splits(30, 1, 1, 0).train, 300)
     ids = data.encode(texts, tokenizer, 128)[1]
     splits = [data.Splits([], [], [], items) for items in (texts, ids)]
-    whole = measure.Setup(train.Config(max_new_tokens=2), 0, CPU, tokenizer, *splits, tokenizer, splits[1])
+    whole = measure.Setup(Config(max_new_tokens=2), 0, CPU, tokenizer, *splits, tokenizer, splits[1])
     margins = measure.cached_margins(student, ref, 1.0, ids, whole)
     assert margins.tolist() == [0, 0, 0]
     monkeypatch.setattr(measure, "cached_margins", lambda *args: torch.tensor([1.0, 1.0, 1.0]))
@@ -334,7 +336,7 @@ def test_training_moves_the_policy_alone(setup):
     psi = measure.cached_psi(values, rows, 1.0, "hold").sum(-1).float().view(2, -1)
     before = {model: copy.deepcopy(model.state_dict()) for model in (student, ref, teacher)}
     loss_of = train.preference(pairs, logps, 1.0, CPU, psi, 1.0)
-    train.fit("tvkd", student, loss_of, len(pairs), 3, 1e-2, train.Config(batch_size=8, log_interval=1), 0, io.StringIO())
+    train.fit("tvkd", student, loss_of, len(pairs), 3, 1e-2, Config(batch_size=8, log_interval=1), 0, io.StringIO())
     for model in (ref, teacher):
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in before[model].items())
         assert not model.training and all(p.grad is None and not p.requires_grad for p in model.parameters())
@@ -450,7 +452,7 @@ def test_what_is_cut_and_dropped_is_counted(preferences, tmp_path, capsys):
 
 def test_pairs_left_out_are_counted(preferences, capsys):
     """40 pairs, of which 20, 6 and 10 are asked for: 4 are left out. A pair again and a pair with its labels swapped: 6."""
-    config = train.parse_args([*SMALL, f"--data={preferences}", "--train_pairs=20"])
+    config = parse_args([*SMALL, f"--data={preferences}", "--train_pairs=20"])
     train.prepare(config, 0, torch.device("cpu"))
     assert "40 pairs; 4 left out by --train_pairs; kept: 0 that repeat another, 0 that another" in capsys.readouterr().out
     first = json.loads(preferences.read_text(encoding="utf-8").splitlines()[0])
@@ -529,7 +531,7 @@ def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
     shown = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{f.name} " in shown for f in train.fields(train.Config))
+    assert stop.value.code == 0 and all(f"--{f.name} " in shown for f in fields(Config))
 
 
 def test_non_finite_loss_stops(tmp_path, capsys):
@@ -550,8 +552,8 @@ def test_cpu_never_touches_cuda(tmp_path):
     ("tvkd", set()), ("model", set()), ("data", {"numpy", "tiktoken"}), ("report", set()),
     ("measure", {"data", "model", "report", "tvkd"}), ("store", {"data", "numpy"}),
     ("use", {"data", "measure", "model", "report", "store"}),
-    ("train", {"data", "measure", "model", "report", "store", "tvkd", "use"}), ("figures", {"report"}),
-    ("evidence", {"data", "figures", "measure", "model", "store", "train", "tvkd"})])
+    ("options", {"data"}), ("train", {"data", "measure", "model", "options", "report", "store", "tvkd", "use"}), ("figures", {"report"}),
+    ("evidence", {"data", "figures", "measure", "model", "options", "store", "train", "tvkd"})])
 def test_imports(name, allowed):
     """tvkd and model import torch alone; data numpy, torch and tiktoken; nothing imports what comes after it."""
     tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
@@ -566,7 +568,7 @@ def test_readme_names_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*.py"))
     for name in re.findall(r"`(test_\w+)`", readme):
         assert f"def {name}(" in tests, name
-    options = {f.name for f in train.fields(train.Config)} | {"help", "index-url", "impl", "function", "tb", "results", "jobs"}
+    options = {f.name for f in fields(Config)} | {"help", "index-url", "impl", "function", "tb", "results", "jobs"}
     assert set(re.findall(r"--([a-z][\w-]+)", readme)) <= options
     functions = re.findall(r"^def ([a-z]\w+)", (ROOT / "tvkd.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(functions) == 10 and all(f"| `{name}`" in readme or f"`{name}` |" in readme for name in functions)
