@@ -70,7 +70,7 @@ def test_parts_leave_the_loss_as_it_is(monkeypatch):
     for parts in (6, 1):
         monkeypatch.setattr(train, "PARTS", parts)
         sums = train.preference(pairs, torch.zeros(2, 5), 1.0, CPU)(model, [3, 0, 1])
-        found.append([float(x) for x in sums.values()])
+        found.append([torch.as_tensor(x).item() for x in sums.values()])
     assert found[0] == pytest.approx(found[1], abs=1e-3) and found[0][-1] == 3 * (2 * 1 + 31)
 
 

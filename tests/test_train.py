@@ -33,7 +33,8 @@ SMALL = ["--train_pairs=24", "--student_pairs=12", "--val_pairs=6", "--test_pair
 
 
 def run(out, *options):
-    """-> rows by label, log lines"""
+    """A run in an empty folder -> rows by label, log lines"""
+    shutil.rmtree(out, ignore_errors=True)                                  # or what an earlier run kept would be read
     assert train.main([*SMALL, f"--out={out}", *options]) == 0
     rows = json.loads((out / "results.json").read_text(encoding="utf-8"))["rows"]
     log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
