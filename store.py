@@ -137,7 +137,12 @@ class Store:
 
     def sums(self, *names):
         """{file: its checksum}, for what is made from these files."""
-        return {name: (self.folder / name).read_bytes()[-DIGITS:].decode("ascii", "replace") for name in names}
+        found = {}
+        for name in names:
+            with open(self.folder / name, "rb") as file:
+                file.seek(-DIGITS, os.SEEK_END)
+                found[name] = file.read().decode("ascii")
+        return found
 
 
 class Partial:
