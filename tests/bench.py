@@ -1,0 +1,385 @@
+"""What a step, the teacher's values, sampling and the output head cost, each against the plain way of doing the same.
+
+    python tests/bench.py                       a line a figure: ok or MISSED, its value, what it must reach, what it is
+    python tests/bench.py --data=FILE.jsonl     padding on real preferences too
+    python tests/bench.py --json                one JSON object: {key: {"value", "limit", "what"}}
+    python tests/bench.py --sizes               a table of the memory that training takes, computed for larger models
+    python tests/bench.py --quick               tiny sizes: whether it all runs; its times say nothing
+
+A time is a ratio of two things done in turn, A B A B ..., and the median of the ratios of neighbours, so that a busy machine slows
+both alike. Memory is counted, not timed: every call of torch's allocator (`peak_bytes`), every tensor that autograd keeps
+(`kept_bytes`). A figure that is missed is marked; the exit status is 2 for an option that cannot work, else 0.
+"""
+
+import argparse
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")                              # or torch's profiler writes to stderr at every use
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402
+import measure  # noqa: E402
+import train  # noqa: E402
+from measure import batches, both_responses, cached_logps, cached_values, response_logps, tokens_in  # noqa: E402
+from model import GPT, GPTConfig, frozen  # noqa: E402
+
+CPU = torch.device("cpu")
+LIMITS = {"tvkd_over_dpo_step": "<= 1.02", "dpo_cached_over_uncached": "<= 0.75", "step_over_plain_lm": "<= 1.10",
+          "precompute_over_forward": "<= 1.15", "generate_speedup": ">= 5", "head_memory_ratio": "<= 0.50",
+          "memory_formula_error": "<= 0.10", "teacher_bytes_per_token": "= 4", "padding_waste": "<= 0.10"}        # others: a report
+
+
+def holds(value, limit):
+    sign, number = (limit or "").split() or ("", 0)
+    return {"<=": value <= float(number), ">=": value >= float(number), "=": value == float(number), "": True}[sign]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Times
+
+def in_turn(repeats, *functions):
+    """Seconds of each function, called in turn: a list of `repeats` lists, after one call of each to warm up."""
+    found = []
+    for _ in range(repeats + 1):
+        found.append([])
+        for function in functions:
+            start = time.perf_counter()
+            function()
+            found[-1].append(time.perf_counter() - start)
+    return found[1:]
+
+
+def ratio(repeats, first, second):
+    """How many times as long the first function takes as the second."""
+    return statistics.median(a / b for a, b in in_turn(repeats, first, second))
+
+
+def exponent(repeats, sizes, functions):
+    """Slope of log seconds over log size, by least squares: 1 where the time grows with the size, 0 where it does not."""
+    seconds = [statistics.median(column) for column in zip(*in_turn(repeats, *functions))]
+    return statistics.linear_regression([math.log(x) for x in sizes], [math.log(x) for x in seconds]).slope
+
+
+def training_step(model, loss_of, ids):
+    """A function that takes one step as train.fit does: gradient, clipping, AdamW. ids: the batch, the same in every step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        train.gradient(model, model, loss_of, torch.tensor(ids), 0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return step
+
+
+def random_pairs(n, length, vocab_size):
+    """Pairs of rows of `length` tokens, the second half of each the response."""
+    ids = torch.randint(vocab_size, (n, 3, length // 2), generator=torch.Generator().manual_seed(0)).tolist()
+    return [data.Pair(*three) for three in ids]
+
+
+def dpo(pairs, psi=None):
+    return train.preference(pairs, torch.zeros(2, len(pairs)), 1.0, CPU, psi, 1.0)
+
+
+def of_a_step(student, pairs, repeats):
+    """What a training step costs beside another step on the same pairs."""
+    ids, rows = list(range(len(pairs))), both_responses(pairs)
+    ref, ref_logps = frozen(student), torch.zeros(2, len(pairs))
+
+    def uncached(model, ids):
+        with torch.no_grad():
+            logps = response_logps(ref, rows, math.ceil(len(rows) / train.PARTS), CPU)
+        return train.preference(pairs, logps.view(2, -1), 1.0, CPU)(model, ids)
+
+    def plain_lm(model, ids):
+        tokens, _ = data.collate(rows)
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        return {"loss": loss, "n": 1, "tokens": tokens_in(rows)}
+
+    def step(loss_of):
+        return training_step(copy.deepcopy(student), loss_of, ids)
+    psi, cached = torch.randn(2, len(pairs)), train.preference(pairs, ref_logps, 1.0, CPU)
+    yield "tvkd_over_dpo_step", ratio(2 * repeats, step(dpo(pairs, psi)), step(cached)), "seconds of a TVKD step over a DPO step"
+    yield ("dpo_cached_over_uncached", ratio(repeats, step(cached), step(uncached)),
+           "a DPO step with kept reference log-probs over one that recomputes them; by arithmetic 3/4, and the optimizer on top")
+    yield ("step_over_plain_lm", ratio(repeats, step(cached), step(plain_lm)),
+           "a DPO step over a language-model step on the same rows, in one padded batch, every position scored")
+
+
+def of_generate(model, B, n):
+    """Sampling with keys and values kept over reading the whole prefix again for every token."""
+    prompts = torch.randint(model.config.vocab_size, (B, 16), generator=torch.Generator().manual_seed(0))
+    kept, read = [], []
+
+    @torch.no_grad()
+    def again():
+        tokens = prompts
+        for _ in range(n):
+            last = torch.zeros(tokens.shape, dtype=torch.bool)
+            last[:, -1] = True
+            tokens = torch.cat([tokens, model(tokens, last).argmax(-1, keepdim=True)], 1)
+        read[:] = tokens[:, 16:].tolist()
+
+    def generate():
+        kept[:] = model.generate(prompts.tolist(), n, eos=-1, temperature=0)            # no token has the id -1
+    speedup = ratio(2, again, generate)
+    assert kept == read, "expected the same tokens with and without keys and values kept"
+    yield "generate_speedup", speedup, f"seconds for {n} tokens after {B} prompts, the prefix read again for each, over model.generate's"
+
+
+def of_values(teacher, teacher_ref, pairs, repeats, batch_size):
+    """What the teacher's values cost, and what is kept of them."""
+    rows, kept = both_responses(pairs), []
+    known = [(tokens, F.pad(mask, (0, 1))) for _, tokens, mask in batches(rows, batch_size, CPU)]
+
+    def values():
+        kept[:] = cached_values("implicit", teacher, teacher_ref, rows, 1.0, batch_size, CPU)
+
+    @torch.no_grad()
+    def forward():
+        for tokens, states in known:
+            teacher(tokens, states), teacher_ref(tokens, states)
+    yield "precompute_over_forward", ratio(repeats, values, forward), "the teacher's values over a bare forward of the two teachers"
+    yield "teacher_bytes_per_token", sum(value.nbytes for value in kept) / tokens_in(rows), "kept of the teacher, of a token of the pairs"
+
+
+def of_matmuls(model, pairs, repeats):
+    """FLOP/s of a step over what torch.matmul alone reaches on the step's own shapes."""
+    step, shapes = training_step(model, dpo(pairs), list(range(len(pairs)))), []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+                shapes.append([x.shape for x in args[-2:]])
+            return function(*args, **(kwargs or {}))
+    step()
+    with Shapes():
+        step()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    factors = [(torch.randn(a), torch.randn(b)) for a, b in shapes]
+    flops = sum(2 * a.numel() * b.shape[-1] for a, b in factors)
+
+    def matmuls():
+        for a, b in factors:
+            a @ b
+    fraction = ratio(repeats, matmuls, step) * counter.get_total_flops() / flops
+    yield "matmul_fraction", fraction, "FLOP/s of a DPO step of the teacher over those of torch.matmul on the step's own shapes"
+
+
+def of_growth(quick, repeats):
+    """How a step grows with the length of a row, the pairs, the vocabulary and the model; precomputing and an epoch with the pairs."""
+    T, B, V, C = (16, 2, 300, 16) if quick else (64, 8, 512, 64)
+    grown = (1, 2, 4, 8)
+
+    def fitted(sizes, of):
+        """The exponent of a DPO step in `sizes`; of: (B, T, V, width) of each."""
+        steps = []
+        for B, T, V, width in of:
+            steps.append(training_step(GPT(GPTConfig(V, T, 2, 4, width)), dpo(random_pairs(B, T, V)), list(range(B))))
+        return exponent(repeats, sizes, steps)
+    yield "exponent_T", fitted([T * k for k in grown], [(B, T * k, V, C) for k in grown]), f"a step, in tokens of a row: {T} to {8 * T}"
+    yield "exponent_B", fitted([B * k for k in grown], [(B * k, T, V, C) for k in grown]), f"a step, in pairs: {B} to {8 * B}"
+    yield ("exponent_V", fitted([V * k ** 2 for k in grown], [(B, T, V * k ** 2, C) for k in grown]),
+           f"a step, in the vocabulary: {V} to {64 * V:,}")
+    sizes = [sum(p.numel() for p in GPT(GPTConfig(V, T, 2, 4, C * k)).parameters()) for k in grown]
+    yield ("exponent_size", fitted(sizes, [(B, T, V, C * k) for k in grown]), f"a step, in parameters: {sizes[0]:,} to {sizes[-1]:,}")
+
+    def whole(n):
+        """Precomputing, then an epoch in batches of B, for n pairs."""
+        pairs, student, teacher = random_pairs(n, T, V), GPT(GPTConfig(V, T, 2, 4, C)), GPT(GPTConfig(V, T, 3, 4, 2 * C))
+        steps = [training_step(student, dpo(pairs), list(range(i, min(n, i + B)))) for i in range(0, n, B)]
+
+        def function():
+            cached_values("implicit", teacher, teacher, both_responses(pairs), 1.0, B, CPU)
+            cached_logps(student, both_responses(pairs), B, CPU)
+            for step in steps:
+                step()
+        return function
+    sizes = [2 * B * k for k in grown]
+    yield ("exponent_pairs", exponent(repeats, sizes, [whole(n) for n in sizes]),
+           f"precomputing and an epoch, in pairs: {sizes[0]} to {sizes[-1]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Memory
+
+def peak_bytes(function):
+    """Most bytes of tensors alive at a time in function(), above those before it. Every call of the allocator counts."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def kept_bytes(model, function):
+    """Bytes that autograd keeps of function() for its backward, each storage once, weights left out."""
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor                                                       # holds it, so that no address is used twice
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    del result
+    return sum(nbytes for address, nbytes in kept.items() if address not in weights)
+
+
+def training_bytes(config, rows, length, scored, frozen=0, parts=train.PARTS):
+    """Bytes of DPO, TVKD or SFT in float32, computed: {"weights", "frozen", "activations", "head", "spare"}, of which memory is
+    the sum. config: GPTConfig of the trained model; `rows` rows of `length` tokens, a share `scored` of them response; frozen:
+    parameters of the other models in memory.
+
+    weights      16 a parameter: it, its gradient, AdamW's two moments
+    frozen       4 a parameter
+    activations  of a token in each layer 16 C + H + 4 floats: input of ln_1 (C, and its mean and deviation), its output (C),
+                 queries, keys, values (3 C), attention's output (C, and a logsumexp for each head), input of ln_2 (C and 2), its
+                 output (C), c_fc's output (4 C), gelu's (4 C); and its id
+    head         of a scored token V logits, input and output of ln_f (C and 2, C), and 4 for its place, action and log-prob
+    spare        three copies of the logits of one part, while logsumexp goes backward
+    """
+    C, V, tokens = config.n_embd, config.vocab_size, rows * length
+    with torch.device("meta"):
+        n = sum(p.numel() for p in GPT(config).parameters())
+    part = math.ceil(rows / parts) / rows                                   # the largest share of the rows that is read at once
+    return {"weights": 16 * n, "frozen": 4 * frozen, "activations": 4 * tokens * (config.n_layer * (16 * C + config.n_head + 4) + 2),
+            "head": round(4 * tokens * scored * (V + 2 * C + 12)), "spare": round(3 * 4 * tokens * scored * part * V)}
+
+
+def of_memory(quick):
+    """The output head's memory, and the formula of `training_bytes` against what is kept and what is alive."""
+    V, T, B, C = (5000, 32, 6, 8) if quick else (50257, 128, 6, 64)
+    torch.manual_seed(0)
+    model, loss_of = GPT(GPTConfig(V, T, 1, 4, C)), dpo(random_pairs(B, T, V))
+
+    def everywhere(model, tokens, mask):
+        """measure.score by log_softmax of every position."""
+        logps = F.log_softmax(model(tokens), -1)[:, :-1].gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
+        return torch.where(mask, logps, 0.0)
+
+    def peak(score, parts):
+        model.zero_grad(set_to_none=True)
+        with patch.object(measure, "score", score), patch.object(train, "PARTS", parts):
+            return peak_bytes(lambda: train.gradient(model, model, loss_of, torch.arange(B), 0))
+    own, same, whole = (peak(*way) for way in ((measure.score, train.PARTS), (everywhere, train.PARTS), (everywhere, 1)))
+    yield ("head_memory_ratio", own / same, f"peak memory of a DPO gradient over log_softmax at every position in the same parts, "
+           f"V = {V:,}, half of a row scored; {own / whole:.2f} over the batch in one part")
+
+    errors, peaks = [], []
+    for config in (GPTConfig(512, 64, 2, 4, 48), GPTConfig(512, 128, 4, 8, 128), GPTConfig(20000, 64, 2, 4, 64)):
+        model, loss_of = GPT(config), dpo(random_pairs(6, config.block_size, config.vocab_size))
+        computed = training_bytes(config, 12, config.block_size, 0.5)
+        kept = computed["activations"] + computed["head"]
+        errors.append(abs(kept / kept_bytes(model, lambda: loss_of(model, list(range(6)))) - 1))
+        alive = peak_bytes(lambda: train.gradient(model, model, loss_of, torch.arange(6), 0))
+        peaks.append(abs((kept + computed["spare"]) / alive - 1))
+    yield ("memory_formula_error", max(errors + peaks), f"of training_bytes, from what autograd keeps of a step ({max(errors):.3f}) "
+           f"and from its peak ({max(peaks):.3f}), the largest of {len(errors)} models")
+
+
+def sizes():
+    """Lines of a table: computed memory of the last student and of the teacher's DPO, for larger models than are trained here."""
+    toy = train.Config()
+    small, medium = GPTConfig(50257, 1024, 12, 12, 768), GPTConfig(50257, 1024, 24, 16, 1024)
+    default = [GPTConfig(toy.vocab_size, toy.block_size, *(getattr(toy, f"{who}_{x}") for x in ("layers", "heads", "width")))
+               for who in ("student", "teacher")]
+    yield ("trained               parameters   others in memory   context   pairs at once   GiB   of which weights   others   "
+           "activations   head")
+    for name, (student, teacher), at_once in (("toy", default, [64]), ("GPT-2", (small, medium), [8, 4, 1])):
+        with torch.device("meta"):
+            n, m = (sum(p.numel() for p in GPT(config).parameters()) for config in (student, teacher))
+        # By the last student train.py holds the teacher, the teacher's reference, the student's and the four trained before.
+        for who, config, trained, others in (("teacher", teacher, m, m), ("student", student, n, 2 * m + 5 * n)):
+            for pairs in at_once:
+                found = {key: x / 2 ** 30 for key, x in training_bytes(config, 2 * pairs, config.block_size, 0.5, others).items()}
+                head = found["head"] + found["spare"]
+                yield (f"{name + ' ' + who:16}{trained:16,}{others:19,}{config.block_size:10}{pairs:16}{sum(found.values()):6.2f}"
+                       f"{found['weights']:19.2f}{found['frozen']:9.2f}{found['activations']:14.2f}{head:7.2f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def of_padding(path):
+    """Padding among the tokens that a model reads in an epoch of DPO at the default settings of --data."""
+    config = train.parse_args([f"--data={path}"])
+    with redirect_stdout(io.StringIO()):
+        pairs = train.prepare(config, config.seed, CPU).ids.train
+
+    def waste(parts):
+        order, read, real = data.epochs(len(pairs), config.batch_size, torch.Generator().manual_seed(config.seed)), 0, 0
+        for ids in itertools.islice(order, math.ceil(len(pairs) / config.batch_size)):
+            rows = both_responses([pairs[i] for i in ids])
+            read += sum(tokens.numel() for _, tokens, _ in batches(rows, math.ceil(len(rows) / parts), CPU))
+            real += tokens_in(rows)
+        return 1 - real / read
+    yield ("padding_waste", waste(train.PARTS), f"padding among the tokens read in an epoch of DPO on {len(pairs)} pairs, {train.PARTS} "
+           f"parts to a batch of {config.batch_size} pairs; {waste(1):.2f} in one part")
+
+
+def measured(quick, path):
+    """(key, value, what it is) of every figure, at the default sizes of the toy task where nothing else is said."""
+    config = train.Config(**(dict(train_pairs=40, student_pairs=40, val_pairs=1, test_pairs=1) if quick else {}))
+    with redirect_stdout(io.StringIO()):
+        setup = train.prepare(config, config.seed, CPU)
+        student, teacher = (train.new_model(who, setup) for who in ("student", "teacher"))
+    repeats, pairs = (1, setup.ids.train[:6]) if quick else (40, setup.ids.train[:config.batch_size])
+    yield from of_a_step(student, pairs, repeats)
+    yield from of_values(teacher, frozen(teacher), pairs if quick else setup.ids.train[:256], math.ceil(repeats / 2), config.batch_size)
+    yield from of_generate(GPT(GPTConfig(config.vocab_size, 160, config.student_layers, config.student_heads, config.student_width)),
+                           *((2, 4) if quick else (32, 128)))
+    yield from of_memory(quick)
+    if path:
+        yield from of_padding(path)
+    yield from of_matmuls(teacher, pairs, math.ceil(repeats / 2))
+    yield from of_growth(quick, math.ceil(repeats / 8))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="bench.py", allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="FILE", help="JSONL file of preferences, to measure padding on")
+    for name, what in (("json", "one JSON object"), ("quick", "tiny sizes"), ("sizes", "print the table of memory alone")):
+        parser.add_argument(f"--{name}", action="store_true", help=what)
+    args, found = parser.parse_args(argv), {}
+    if args.sizes:
+        print(*sizes(), sep="\n")
+        return 0
+    if not args.json:
+        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    try:
+        for key, value, what in measured(args.quick, args.data):
+            limit = LIMITS.get(key)
+            found[key] = {"value": value, "limit": limit, "what": what}
+            if not args.json:
+                mark = "" if limit is None else "ok" if holds(value, limit) else "MISSED"
+                print(f"{mark:8}{key:26}{value:8.3f}  {limit or '':8}  {what}", flush=True)
+    except data.UserError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(found, indent=1))
+    elif not args.data:
+        print("        padding_waste             left out: it needs --data=FILE.jsonl")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
