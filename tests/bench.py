@@ -6,8 +6,9 @@
     python tests/bench.py --sizes               a table of the memory that training takes, computed for larger models
     python tests/bench.py --quick               tiny sizes: whether it all runs; its times say nothing
 
-A time is a ratio of two things done in turn, A B A B ..., and the median of the ratios of neighbours, so that a busy machine slows
-both alike. Memory is counted, not timed: every call of torch's allocator (`peak_bytes`), every tensor that autograd keeps
+A time is a ratio of two things done in turn, A B A B ..., the median of the ratios of neighbours, so that a busy machine slows
+both alike. On one thread, unless OMP_NUM_THREADS says more: threads that wait for each other on a busy machine are not slowed
+alike. Memory is counted, not timed: every call of torch's allocator (`peak_bytes`), every tensor that autograd keeps
 (`kept_bytes`). A figure that is missed is marked; the exit status is 2 for an option that cannot work, else 0.
 """
 
@@ -22,28 +23,30 @@ import statistics
 import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")                              # or torch's profiler writes to stderr at every use
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
+if __name__ == "__main__":                                      # read by torch when it is loaded
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")              # or its profiler writes to stderr at every use
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402
-import measure  # noqa: E402
-import train  # noqa: E402
-from measure import batches, both_responses, cached_logps, cached_values, response_logps, tokens_in  # noqa: E402
-from model import GPT, GPTConfig, frozen  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import measure
+import train
+from measure import batches, both_responses, cached_logps, cached_values, response_logps, tokens_in
+from model import GPT, GPTConfig, frozen
 
 CPU = torch.device("cpu")
 LIMITS = {"tvkd_over_dpo_step": "<= 1.02", "dpo_cached_over_uncached": "<= 0.75", "step_over_plain_lm": "<= 1.10",
           "precompute_over_forward": "<= 1.15", "generate_speedup": ">= 5", "head_memory_ratio": "<= 0.50",
-          "memory_formula_error": "<= 0.10", "teacher_bytes_per_token": "= 4", "padding_waste": "<= 0.10"}        # others: a report
+          "memory_formula_error": "<= 0.10", "teacher_bytes_per_token": "= 4", "padding_waste": "<= 0.10"}      # others: a report
 
 
 def holds(value, limit):
@@ -102,7 +105,7 @@ def dpo(pairs, psi=None):
 def of_a_step(student, pairs, repeats):
     """What a training step costs beside another step on the same pairs."""
     ids, rows = list(range(len(pairs))), both_responses(pairs)
-    ref, ref_logps = frozen(student), torch.zeros(2, len(pairs))
+    ref, cached = frozen(student), dpo(pairs)
 
     def uncached(model, ids):
         with torch.no_grad():
@@ -116,12 +119,12 @@ def of_a_step(student, pairs, repeats):
 
     def step(loss_of):
         return training_step(copy.deepcopy(student), loss_of, ids)
-    psi, cached = torch.randn(2, len(pairs)), train.preference(pairs, ref_logps, 1.0, CPU)
-    yield "tvkd_over_dpo_step", ratio(2 * repeats, step(dpo(pairs, psi)), step(cached)), "seconds of a TVKD step over a DPO step"
+    tvkd = dpo(pairs, torch.randn(2, len(pairs)))
+    yield "tvkd_over_dpo_step", ratio(3 * repeats, step(tvkd), step(cached)), "a TVKD step of the student over a DPO step"
     yield ("dpo_cached_over_uncached", ratio(repeats, step(cached), step(uncached)),
-           "a DPO step with kept reference log-probs over one that recomputes them; by arithmetic 3/4, and the optimizer on top")
+           "a DPO step of the student with kept reference log-probs over one that recomputes them; 3 forwards' worth over 4 is 0.75")
     yield ("step_over_plain_lm", ratio(repeats, step(cached), step(plain_lm)),
-           "a DPO step over a language-model step on the same rows, in one padded batch, every position scored")
+           "a DPO step of the student over a language-model step on the same rows, padded as one batch, every position scored")
 
 
 def of_generate(model, B, n):
@@ -142,7 +145,7 @@ def of_generate(model, B, n):
         kept[:] = model.generate(prompts.tolist(), n, eos=-1, temperature=0)            # no token has the id -1
     speedup = ratio(2, again, generate)
     assert kept == read, "expected the same tokens with and without keys and values kept"
-    yield "generate_speedup", speedup, f"seconds for {n} tokens after {B} prompts, the prefix read again for each, over model.generate's"
+    yield "generate_speedup", speedup, f"{n} tokens after {B} prompts, the prefix read again for each, over GPT.generate"
 
 
 def of_values(teacher, teacher_ref, pairs, repeats, batch_size):
@@ -157,8 +160,8 @@ def of_values(teacher, teacher_ref, pairs, repeats, batch_size):
     def forward():
         for tokens, states in known:
             teacher(tokens, states), teacher_ref(tokens, states)
-    yield "precompute_over_forward", ratio(repeats, values, forward), "the teacher's values over a bare forward of the two teachers"
-    yield "teacher_bytes_per_token", sum(value.nbytes for value in kept) / tokens_in(rows), "kept of the teacher, of a token of the pairs"
+    yield "precompute_over_forward", ratio(repeats, values, forward), "the teacher's values over bare forwards of it and its reference"
+    yield "teacher_bytes_per_token", sum(value.nbytes for value in kept) / tokens_in(rows), "kept of the teacher for a token of a pair"
 
 
 def of_matmuls(model, pairs, repeats):
@@ -182,26 +185,26 @@ def of_matmuls(model, pairs, repeats):
         for a, b in factors:
             a @ b
     fraction = ratio(repeats, matmuls, step) * counter.get_total_flops() / flops
-    yield "matmul_fraction", fraction, "FLOP/s of a DPO step of the teacher over those of torch.matmul on the step's own shapes"
+    yield ("matmul_fraction", fraction, "FLOP/s of a DPO step of the teacher, its linear layers counted alone, over those of torch.matmul "
+           "on the step's own shapes")
 
 
 def of_growth(quick, repeats):
-    """How a step grows with the length of a row, the pairs, the vocabulary and the model; precomputing and an epoch with the pairs."""
+    """How a step grows with the length of a row, the pairs, the vocabulary, the model; precomputing and an epoch with the pairs."""
     T, B, V, C = (16, 2, 300, 16) if quick else (64, 8, 512, 64)
     grown = (1, 2, 4, 8)
 
     def fitted(sizes, of):
         """The exponent of a DPO step in `sizes`; of: (B, T, V, width) of each."""
-        steps = []
-        for B, T, V, width in of:
-            steps.append(training_step(GPT(GPTConfig(V, T, 2, 4, width)), dpo(random_pairs(B, T, V)), list(range(B))))
-        return exponent(repeats, sizes, steps)
-    yield "exponent_T", fitted([T * k for k in grown], [(B, T * k, V, C) for k in grown]), f"a step, in tokens of a row: {T} to {8 * T}"
-    yield "exponent_B", fitted([B * k for k in grown], [(B * k, T, V, C) for k in grown]), f"a step, in pairs: {B} to {8 * B}"
-    yield ("exponent_V", fitted([V * k ** 2 for k in grown], [(B, T, V * k ** 2, C) for k in grown]),
-           f"a step, in the vocabulary: {V} to {64 * V:,}")
-    sizes = [sum(p.numel() for p in GPT(GPTConfig(V, T, 2, 4, C * k)).parameters()) for k in grown]
-    yield ("exponent_size", fitted(sizes, [(B, T, V, C * k) for k in grown]), f"a step, in parameters: {sizes[0]:,} to {sizes[-1]:,}")
+        return exponent(repeats, sizes, [training_step(GPT(GPTConfig(V, T, 2, 4, width)), dpo(random_pairs(B, T, V)), list(range(B)))
+                                         for B, T, V, width in of])
+    growing = {"T": ([T * k for k in grown], [(B, T * k, V, C) for k in grown], "tokens of a row"),
+               "B": ([B * k for k in grown], [(B * k, T, V, C) for k in grown], "pairs"),
+               "V": ([V * k ** 2 for k in grown], [(B, T, V * k ** 2, C) for k in grown], "the vocabulary"),
+               "size": ([sum(p.numel() for p in GPT(GPTConfig(V, T, 2, 4, C * k)).parameters()) for k in grown],
+                        [(B, T, V, C * k) for k in grown], "parameters")}
+    for name, (sizes, of, what) in growing.items():
+        yield f"exponent_{name}", fitted(sizes, of), f"seconds of a DPO step in {what}: {sizes[0]:,} to {sizes[-1]:,}"
 
     def whole(n):
         """Precomputing, then an epoch in batches of B, for n pairs."""
@@ -216,7 +219,7 @@ def of_growth(quick, repeats):
         return function
     sizes = [2 * B * k for k in grown]
     yield ("exponent_pairs", exponent(repeats, sizes, [whole(n) for n in sizes]),
-           f"precomputing and an epoch, in pairs: {sizes[0]} to {sizes[-1]}")
+           f"seconds of precomputing and an epoch in pairs: {sizes[0]} to {sizes[-1]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -244,24 +247,26 @@ def kept_bytes(model, function):
 
 
 def training_bytes(config, rows, length, scored, frozen=0, parts=train.PARTS):
-    """Bytes of DPO, TVKD or SFT in float32, computed: {"weights", "frozen", "activations", "head", "spare"}, of which memory is
-    the sum. config: GPTConfig of the trained model; `rows` rows of `length` tokens, a share `scored` of them response; frozen:
-    parameters of the other models in memory.
+    """Bytes that DPO, TVKD or SFT takes in float32, computed: {"weights", "frozen", "activations", "head", "spare"}, to be added.
+
+    config: the GPTConfig of the trained model; `rows` rows of `length` tokens at a time, a share `scored` of them response; frozen:
+    parameters of the other models in memory. Left out: what libraries and the allocator take for themselves.
 
     weights      16 a parameter: it, its gradient, AdamW's two moments
     frozen       4 a parameter
-    activations  of a token in each layer 16 C + H + 4 floats: input of ln_1 (C, and its mean and deviation), its output (C),
-                 queries, keys, values (3 C), attention's output (C, and a logsumexp for each head), input of ln_2 (C and 2), its
-                 output (C), c_fc's output (4 C), gelu's (4 C); and its id
-    head         of a scored token V logits, input and output of ln_f (C and 2, C), and 4 for its place, action and log-prob
-    spare        three copies of the logits of one part, while logsumexp goes backward
+    activations  4 * (16 C + H + 4) a token and layer: input of ln_1 (C, its mean and deviation 2) and output (C); queries, keys,
+                 values (3 C); attention's output (C, a logsumexp for each of H heads); input of ln_2 (C, 2) and output (C); c_fc's
+                 output (4 C); gelu's (4 C). And 8 a token, its id
+    head         4 * (V + 2 C + 12) a scored token: logits (V); input of ln_f (C, 2) and output (C); its place, action and log-prob
+    spare        4 * 3 V a scored token of one part: three copies of its logits, while logsumexp goes backward
     """
     C, V, tokens = config.n_embd, config.vocab_size, rows * length
     with torch.device("meta"):
         n = sum(p.numel() for p in GPT(config).parameters())
-    part = math.ceil(rows / parts) / rows                                   # the largest share of the rows that is read at once
-    return {"weights": 16 * n, "frozen": 4 * frozen, "activations": 4 * tokens * (config.n_layer * (16 * C + config.n_head + 4) + 2),
-            "head": round(4 * tokens * scored * (V + 2 * C + 12)), "spare": round(3 * 4 * tokens * scored * part * V)}
+    part = math.ceil(rows / parts) / rows                                   # the share of the rows that goes through at once
+    return {"weights": 16 * n, "frozen": 4 * frozen, "head": round(4 * tokens * scored * (V + 2 * C + 12)),
+            "activations": 4 * tokens * (config.n_layer * (16 * C + config.n_head + 4) + 2),
+            "spare": round(4 * tokens * scored * part * 3 * V)}
 
 
 def of_memory(quick):
@@ -280,8 +285,8 @@ def of_memory(quick):
         with patch.object(measure, "score", score), patch.object(train, "PARTS", parts):
             return peak_bytes(lambda: train.gradient(model, model, loss_of, torch.arange(B), 0))
     own, same, whole = (peak(*way) for way in ((measure.score, train.PARTS), (everywhere, train.PARTS), (everywhere, 1)))
-    yield ("head_memory_ratio", own / same, f"peak memory of a DPO gradient over log_softmax at every position in the same parts, "
-           f"V = {V:,}, half of a row scored; {own / whole:.2f} over the batch in one part")
+    yield ("head_memory_ratio", own / same, "peak memory of a DPO gradient over that with log_softmax at every position, rows half "
+           f"response, V = {V:,}; {own / whole:.2f} over that in one part")
 
     errors, peaks = [], []
     for config in (GPTConfig(512, 64, 2, 4, 48), GPTConfig(512, 128, 4, 8, 128), GPTConfig(20000, 64, 2, 4, 64)):
@@ -291,8 +296,8 @@ def of_memory(quick):
         errors.append(abs(kept / kept_bytes(model, lambda: loss_of(model, list(range(6)))) - 1))
         alive = peak_bytes(lambda: train.gradient(model, model, loss_of, torch.arange(6), 0))
         peaks.append(abs((kept + computed["spare"]) / alive - 1))
-    yield ("memory_formula_error", max(errors + peaks), f"of training_bytes, from what autograd keeps of a step ({max(errors):.3f}) "
-           f"and from its peak ({max(peaks):.3f}), the largest of {len(errors)} models")
+    yield ("memory_formula_error", max(errors + peaks), f"of training_bytes: from what autograd keeps of a step {max(errors):.3f}, "
+           f"from its peak {max(peaks):.3f}, the largest of {len(errors)} models")
 
 
 def sizes():
@@ -330,8 +335,8 @@ def of_padding(path):
             read += sum(tokens.numel() for _, tokens, _ in batches(rows, math.ceil(len(rows) / parts), CPU))
             real += tokens_in(rows)
         return 1 - real / read
-    yield ("padding_waste", waste(train.PARTS), f"padding among the tokens read in an epoch of DPO on {len(pairs)} pairs, {train.PARTS} "
-           f"parts to a batch of {config.batch_size} pairs; {waste(1):.2f} in one part")
+    yield ("padding_waste", waste(train.PARTS), f"share of padding in what a model reads in an epoch of DPO on {len(pairs)} pairs, "
+           f"{config.batch_size} to a batch in {train.PARTS} parts; {waste(1):.2f} in one part")
 
 
 def measured(quick, path):
@@ -342,9 +347,8 @@ def measured(quick, path):
         student, teacher = (train.new_model(who, setup) for who in ("student", "teacher"))
     repeats, pairs = (1, setup.ids.train[:6]) if quick else (40, setup.ids.train[:config.batch_size])
     yield from of_a_step(student, pairs, repeats)
-    yield from of_values(teacher, frozen(teacher), pairs if quick else setup.ids.train[:256], math.ceil(repeats / 2), config.batch_size)
-    yield from of_generate(GPT(GPTConfig(config.vocab_size, 160, config.student_layers, config.student_heads, config.student_width)),
-                           *((2, 4) if quick else (32, 128)))
+    yield from of_values(teacher, frozen(teacher), setup.ids.train[:4 * len(pairs)], math.ceil(repeats / 2), config.batch_size)
+    yield from of_generate(GPT(replace(student.config, block_size=160)), *((2, 4) if quick else (32, 128)))
     yield from of_memory(quick)
     if path:
         yield from of_padding(path)

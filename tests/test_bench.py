@@ -38,12 +38,12 @@ def test_what_is_counted(found):
     """Not timed, so the same on every machine."""
     assert found["teacher_bytes_per_token"]["value"] == 4
     assert found["memory_formula_error"]["value"] < 0.1
-    assert 0.5 < found["head_memory_ratio"]["value"] < 0.7
+    assert found["head_memory_ratio"]["value"] < 0.6
 
 
 def test_memory_by_hand():
-    """2 rows of 4 tokens, half scored, one layer of 2 channels and one head, 3 ids: 6 + 8 + (8 + 18 + 6 + 24 + 18) + 4 = 92 parameters; a token
-    keeps 16 * 2 + 1 + 4 floats in the layer and 2 more for its id, a scored one 3 + 2 * 2 + 12."""
+    """2 rows of 4 tokens, half scored, one layer of 2 channels and one head, 3 ids: 6 + 8 + (8 + 18 + 6 + 24 + 18) + 4 = 92
+    parameters; a token keeps 16 * 2 + 1 + 4 floats in the layer and 2 for its id, a scored one 3 + 2 * 2 + 12; a part is a row."""
     computed = bench.training_bytes(GPTConfig(3, 4, 1, 1, 2), 2, 4, 0.5, frozen=10)
     assert computed == {"weights": 16 * 92, "frozen": 40, "activations": 4 * 8 * 39, "head": 4 * 4 * 19, "spare": 3 * 4 * 2 * 3}
 
@@ -61,9 +61,16 @@ def test_exponents_and_limits(monkeypatch):
     close(bench.exponent(3, [1, 2, 4], [None] * 3), 2.0)
     monkeypatch.setattr(bench, "in_turn", lambda repeats, *functions: [[1, 4], [2, 8], [5, 10]])
     assert bench.ratio(3, None, None) == 0.25 and not bench.holds(float("nan"), "<= 1")
-    assert [bench.holds(2, limit) for limit in ("<= 2", "<= 1.9", ">= 2", ">= 3", "= 2", "= 3", None)] == [True, False] * 3 + [True]
+    assert [bench.holds(2, limit) for limit in ("<= 2", "<= 1", ">= 2", ">= 3", "= 2", "= 3", None)] == [True, False] * 3 + [True]
 
 
-def test_a_file_that_is_not_there(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "measured", lambda quick, path: bench.of_padding(path))
+def test_what_is_printed(capsys, monkeypatch):
+    """A figure within its limit, one that misses it, one without; a file that is not there; the table; an unknown option."""
+    figures = [("padding_waste", 0.1, "a"), ("generate_speedup", 4.9, "b"), ("exponent_T", 9.0, "c")]
+    monkeypatch.setattr(bench, "measured", lambda quick, path: bench.of_padding(path) if path else figures)
+    assert bench.main([]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["ok", "MISSED", "exponent_T", "padding_waste"]
     assert bench.main(["--data=nowhere.jsonl"]) == 2 and "nowhere.jsonl" in capsys.readouterr().err
+    assert bench.main(["--sizes"]) == 0 and "124,439,808" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--fast"])
