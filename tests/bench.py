@@ -86,7 +86,7 @@ def training_step(model, loss_of, ids):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        train.gradient(model, model, loss_of, torch.tensor(ids), 0)
+        train.gradient(model, model, loss_of, torch.tensor(list(ids)), 0)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return step
@@ -104,7 +104,7 @@ def dpo(pairs, psi=None):
 
 def of_a_step(student, pairs, repeats):
     """What a training step costs beside another step on the same pairs."""
-    ids, rows = list(range(len(pairs))), both_responses(pairs)
+    rows = both_responses(pairs)
     ref, cached = frozen(student), dpo(pairs)
 
     def uncached(model, ids):
@@ -118,11 +118,11 @@ def of_a_step(student, pairs, repeats):
         return {"loss": loss, "n": 1, "tokens": tokens_in(rows)}
 
     def step(loss_of):
-        return training_step(copy.deepcopy(student), loss_of, ids)
+        return training_step(copy.deepcopy(student), loss_of, range(len(pairs)))
     tvkd = dpo(pairs, torch.randn(2, len(pairs)))
     yield "tvkd_over_dpo_step", ratio(3 * repeats, step(tvkd), step(cached)), "a TVKD step of the student over a DPO step"
     yield ("dpo_cached_over_uncached", ratio(repeats, step(cached), step(uncached)),
-           "a DPO step of the student with kept reference log-probs over one that recomputes them; 3 forwards' worth over 4 is 0.75")
+           "a DPO step of the student with kept reference log-probs over one that recomputes them; by count of forwards 3/4")
     yield ("step_over_plain_lm", ratio(repeats, step(cached), step(plain_lm)),
            "a DPO step of the student over a language-model step on the same rows, padded as one batch, every position scored")
 
@@ -160,13 +160,14 @@ def of_values(teacher, teacher_ref, pairs, repeats, batch_size):
     def forward():
         for tokens, states in known:
             teacher(tokens, states), teacher_ref(tokens, states)
-    yield "precompute_over_forward", ratio(repeats, values, forward), "the teacher's values over bare forwards of it and its reference"
-    yield "teacher_bytes_per_token", sum(value.nbytes for value in kept) / tokens_in(rows), "kept of the teacher for a token of a pair"
+    seconds, nbytes = ratio(repeats, values, forward), sum(value.nbytes for value in kept)
+    yield "precompute_over_forward", seconds, "the teacher's values over bare forwards of it and its reference"
+    yield "teacher_bytes_per_token", nbytes / tokens_in(rows), "kept of the teacher for a token of a pair"
 
 
 def of_matmuls(model, pairs, repeats):
     """FLOP/s of a step over what torch.matmul alone reaches on the step's own shapes."""
-    step, shapes = training_step(model, dpo(pairs), list(range(len(pairs)))), []
+    step, shapes = training_step(model, dpo(pairs), range(len(pairs))), []
 
     class Shapes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -185,19 +186,19 @@ def of_matmuls(model, pairs, repeats):
         for a, b in factors:
             a @ b
     fraction = ratio(repeats, matmuls, step) * counter.get_total_flops() / flops
-    yield ("matmul_fraction", fraction, "FLOP/s of a DPO step of the teacher, its linear layers counted alone, over those of torch.matmul "
-           "on the step's own shapes")
+    yield ("matmul_fraction", fraction, "FLOP/s of a DPO step of the teacher, linear layers counted alone, over those of "
+           "torch.matmul on the step's own shapes")
 
 
 def of_growth(quick, repeats):
-    """How a step grows with the length of a row, the pairs, the vocabulary, the model; precomputing and an epoch with the pairs."""
+    """How a step grows with rows, pairs, vocabulary and model, and how precomputing and an epoch do with the pairs."""
     T, B, V, C = (16, 2, 300, 16) if quick else (64, 8, 512, 64)
     grown = (1, 2, 4, 8)
 
     def fitted(sizes, of):
         """The exponent of a DPO step in `sizes`; of: (B, T, V, width) of each."""
-        return exponent(repeats, sizes, [training_step(GPT(GPTConfig(V, T, 2, 4, width)), dpo(random_pairs(B, T, V)), list(range(B)))
-                                         for B, T, V, width in of])
+        steps = [training_step(GPT(GPTConfig(V, T, 2, 4, width)), dpo(random_pairs(B, T, V)), range(B)) for B, T, V, width in of]
+        return exponent(repeats, sizes, steps)
     growing = {"T": ([T * k for k in grown], [(B, T * k, V, C) for k in grown], "tokens of a row"),
                "B": ([B * k for k in grown], [(B * k, T, V, C) for k in grown], "pairs"),
                "V": ([V * k ** 2 for k in grown], [(B, T, V * k ** 2, C) for k in grown], "the vocabulary"),
@@ -209,7 +210,7 @@ def of_growth(quick, repeats):
     def whole(n):
         """Precomputing, then an epoch in batches of B, for n pairs."""
         pairs, student, teacher = random_pairs(n, T, V), GPT(GPTConfig(V, T, 2, 4, C)), GPT(GPTConfig(V, T, 3, 4, 2 * C))
-        steps = [training_step(student, dpo(pairs), list(range(i, min(n, i + B)))) for i in range(0, n, B)]
+        steps = [training_step(student, dpo(pairs), range(i, min(n, i + B))) for i in range(0, n, B)]
 
         def function():
             cached_values("implicit", teacher, teacher, both_responses(pairs), 1.0, B, CPU)
@@ -249,15 +250,16 @@ def kept_bytes(model, function):
 def training_bytes(config, rows, length, scored, frozen=0, parts=train.PARTS):
     """Bytes that DPO, TVKD or SFT takes in float32, computed: {"weights", "frozen", "activations", "head", "spare"}, to be added.
 
-    config: the GPTConfig of the trained model; `rows` rows of `length` tokens at a time, a share `scored` of them response; frozen:
-    parameters of the other models in memory. Left out: what libraries and the allocator take for themselves.
+    config: the GPTConfig of the trained model; `rows` rows of `length` tokens at a time, a share `scored` of them response;
+    frozen: parameters of the other models in memory. Left out: sampling's keys and values, and what
+    libraries and the allocator take for themselves.
 
     weights      16 a parameter: it, its gradient, AdamW's two moments
     frozen       4 a parameter
     activations  4 * (16 C + H + 4) a token and layer: input of ln_1 (C, its mean and deviation 2) and output (C); queries, keys,
-                 values (3 C); attention's output (C, a logsumexp for each of H heads); input of ln_2 (C, 2) and output (C); c_fc's
-                 output (4 C); gelu's (4 C). And 8 a token, its id
-    head         4 * (V + 2 C + 12) a scored token: logits (V); input of ln_f (C, 2) and output (C); its place, action and log-prob
+                 values (3 C); attention's output (C, a logsumexp for each of H heads); input of ln_2 (C, 2) and output (C);
+                 c_fc's output (4 C); gelu's (4 C). And 8 a token, its id
+    head         4 * (V + 2 C + 12) a scored token: logits (V); input of ln_f (C, 2) and output (C); its place, action, log-prob
     spare        4 * 3 V a scored token of one part: three copies of its logits, while logsumexp goes backward
     """
     C, V, tokens = config.n_embd, config.vocab_size, rows * length
@@ -285,8 +287,8 @@ def of_memory(quick):
         with patch.object(measure, "score", score), patch.object(train, "PARTS", parts):
             return peak_bytes(lambda: train.gradient(model, model, loss_of, torch.arange(B), 0))
     own, same, whole = (peak(*way) for way in ((measure.score, train.PARTS), (everywhere, train.PARTS), (everywhere, 1)))
-    yield ("head_memory_ratio", own / same, "peak memory of a DPO gradient over that with log_softmax at every position, rows half "
-           f"response, V = {V:,}; {own / whole:.2f} over that in one part")
+    yield ("head_memory_ratio", own / same, "peak memory of a DPO gradient over that with log_softmax at every position, rows "
+           f"half response, V = {V:,}; {own / whole:.2f} over that in one part")
 
     errors, peaks = [], []
     for config in (GPTConfig(512, 64, 2, 4, 48), GPTConfig(512, 128, 4, 8, 128), GPTConfig(20000, 64, 2, 4, 64)):
@@ -296,12 +298,12 @@ def of_memory(quick):
         errors.append(abs(kept / kept_bytes(model, lambda: loss_of(model, list(range(6)))) - 1))
         alive = peak_bytes(lambda: train.gradient(model, model, loss_of, torch.arange(6), 0))
         peaks.append(abs((kept + computed["spare"]) / alive - 1))
-    yield ("memory_formula_error", max(errors + peaks), f"of training_bytes: from what autograd keeps of a step {max(errors):.3f}, "
-           f"from its peak {max(peaks):.3f}, the largest of {len(errors)} models")
+    yield ("memory_formula_error", max(errors + peaks), f"of training_bytes: from what autograd keeps of a step {max(errors):.3f},"
+           f" from its peak {max(peaks):.3f}, the largest of {len(errors)} models")
 
 
 def sizes():
-    """Lines of a table: computed memory of the last student and of the teacher's DPO, for larger models than are trained here."""
+    """Lines of a table: computed memory of the teacher's DPO and of the last student's TVKD, for larger models too."""
     toy = train.Config()
     small, medium = GPTConfig(50257, 1024, 12, 12, 768), GPTConfig(50257, 1024, 24, 16, 1024)
     default = [GPTConfig(toy.vocab_size, toy.block_size, *(getattr(toy, f"{who}_{x}") for x in ("layers", "heads", "width")))
@@ -335,8 +337,8 @@ def of_padding(path):
             read += sum(tokens.numel() for _, tokens, _ in batches(rows, math.ceil(len(rows) / parts), CPU))
             real += tokens_in(rows)
         return 1 - real / read
-    yield ("padding_waste", waste(train.PARTS), f"share of padding in what a model reads in an epoch of DPO on {len(pairs)} pairs, "
-           f"{config.batch_size} to a batch in {train.PARTS} parts; {waste(1):.2f} in one part")
+    yield ("padding_waste", waste(train.PARTS), f"share of padding in what a model reads in an epoch of DPO on {len(pairs)} "
+           f"pairs, {config.batch_size} to a batch in {train.PARTS} parts; {waste(1):.2f} in one part")
 
 
 def measured(quick, path):
