@@ -298,8 +298,8 @@ def of_memory(quick):
         errors.append(abs(kept / kept_bytes(model, lambda: loss_of(model, list(range(6)))) - 1))
         alive = peak_bytes(lambda: train.gradient(model, model, loss_of, torch.arange(6), 0))
         peaks.append(abs((kept + computed["spare"]) / alive - 1))
-    yield ("memory_formula_error", max(errors + peaks), f"of training_bytes: from what autograd keeps of a step {max(errors):.3f},"
-           f" from its peak {max(peaks):.3f}, the largest of {len(errors)} models")
+    yield ("memory_formula_error", max(errors + peaks), f"of training_bytes: from what autograd keeps of a step {max(errors):.3f}"
+           f", from its peak {max(peaks):.3f}, the largest of {len(errors)} models")
 
 
 def sizes():
