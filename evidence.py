@@ -43,7 +43,7 @@ from measure import (against_dpo, batches, both_responses, cached_logps, cached_
                      read_by, response_logps, summed_psi, table_row, tokens_in)
 from model import from_content, frozen
 from options import Config
-from store import Store
+from store import Store, fingerprint
 from tvkd import dpo_loss
 
 SEEDS, SWEEP_SEEDS, TUNING_SEEDS, SPLITS = range(8), range(5), (100, 101), range(5)
@@ -51,7 +51,7 @@ GRID = [(("steps", steps), ("lr", lr)) for steps in (60, 120) for lr in (1e-4, 3
 
 
 class Cell(NamedTuple):
-    method: str                     # "teacher", "sft", "values", one of train.METHODS, or "kd+tvkd"
+    method: str                     # "teacher", "sft", "values", one of options.METHODS, or "kd+tvkd"
     value: str | None = None        # whose psi is read
     terminal: str | None = None
     control: str = ""               # what is unusual about it: see `trained`
@@ -153,6 +153,9 @@ class Bench:
         depends = {name: value for name, value in asdict(setup.config).items() if name in (*TEXTS, "batch_size")
                    or name.startswith(f"{who}_") and name != "student_pairs" or name == "teacher_tokenizer" and value}
         digest = hashlib.sha256(json.dumps([stage, torch.__version__, depends], sort_keys=True).encode()).hexdigest()[:12]
+        reader = setup.teachers if who == "teacher" else setup
+        made_from = {"seed": self.seed, "corpus": fingerprint(reader.ids.sft), "pairs": fingerprint(reader.ids.train)}
+
         def make(noted, partial):
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log_file:
                 if stage == "teacher-dpo":
@@ -160,7 +163,7 @@ class Bench:
                 else:
                     model, _ = train.fine_tuned(who, noted.teachers if who == "teacher" else noted, log_file)
             return {"config": asdict(model.config), "model": model.state_dict()}
-        content, _ = self.store.keep(f"{stage}-{digest}.pt", setup, {"seed": self.seed}, make)
+        content, _ = self.store.keep(f"{stage}-{digest}.pt", setup, made_from, make)
         return frozen(from_content(content))
 
 
@@ -211,7 +214,7 @@ def top_k_kd_loss(student_logits, teacher_logits, mask, k):
     return (teacher * (teacher.log() - student.log())).sum(-1).mean()
 
 
-def together(first, second):
+def sum_of_losses(first, second):
     """loss_of for the sum of two mean losses."""
     def loss_of(model, ids):
         one, other = first(model, ids), second(model, ids)
@@ -259,7 +262,7 @@ def trained(cell, setup, bench):
     elif cell.control == "top":
         loss_of = train.distillation(teacher, pairs, setup.device, partial(top_k_kd_loss, k=int(cell.dose)))
     elif cell.method == "kd+tvkd":
-        loss_of = together(*(train.student_loss(method, policy, pairs, ref_logps, setup, teacher, psi)
+        loss_of = sum_of_losses(*(train.student_loss(method, policy, pairs, ref_logps, setup, teacher, psi)
                              for method in ("kd", "tvkd")))
     else:
         psi_of = psi if cell.method == "tvkd" else None
@@ -346,7 +349,6 @@ def knows(cell, setup, bench):
              "agrees": is_correct((chosen - rejected) * truth)[truth != 0].mean().item(),
              "words": {kind: {"n": len(totals), "psi": statistics.fmean(totals)} for kind, totals in sorted(words.items())}}
     if cell.split == "test" and setup.seed == 0:
-        setup = setup._replace(config=replace(setup.config, terminal=cell.terminal))
         found["pairs"] = psi_of_pairs(cell.value, cell.terminal, *models, setup, most=3)
     return found
 

@@ -1,6 +1,6 @@
 """Reading models: log-probs and values of many rows, psi, sampled answers, and the numbers of the table.
 
-One function scores policy, reference and teacher: two code paths would differ at step 0, where the loss must be ln 2. Each row of
+One function, `score`, serves policy, reference and teacher: two code paths would differ at step 0, where the loss must be ln 2. Each row of
 a file is scored once, in batches of like length, and looked up afterwards by its index. Left out: training, and all printing.
 """
 
@@ -18,7 +18,7 @@ from tvkd import action_logps, implicit_value, sequence_logps, shaping, soft_val
 
 class Setup(NamedTuple):
     """What a run of one seed works with."""
-    config: object              # train.Config
+    config: object              # options.Config
     seed: int
     device: torch.device
     tokenizer: object           # a tiktoken.Encoding

@@ -2,7 +2,7 @@
 
 After Karpathy's nanoGPT (github.com/karpathy/nanoGPT, model.py) and GPT-2 (Radford et al. 2019): pre-LayerNorm blocks, learned
 positions, GELU, output head tied to the token embedding. Parameter names are nanoGPT's, so the `model` entry of one of its
-checkpoints loads (see `load_weights`). Unlike nanoGPT, forward returns the logits of EVERY position and no loss, and `generate`
+checkpoints loads (see `load_weights`). Unlike nanoGPT, forward returns the logits of every position asked for and no loss, and `generate`
 takes a batch of prompts of unequal length and keeps keys and values. Left out: losses, optimiser, HuggingFace import.
 
 B rows, T positions, C = n_embd channels, H heads of D = C / H channels, S = block_size.
@@ -27,7 +27,7 @@ class GPTConfig:
     n_embd: int = 48
     dropout: float = 0.0        # keep 0 for preference training: policy and reference must be scored alike
     bias: bool = True           # in Linears and LayerNorms, as in GPT-2
-    bfloat16: bool = False      # matrix products of forward in bfloat16; weights, LayerNorms and the residual stay float32
+    bfloat16: bool = False      # matrix products of the blocks in bfloat16; weights, residual, head and logits stay float32
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -138,8 +138,8 @@ class GPT(nn.Module):
             x = self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe(positions))  # (B, T, C)
             for layer, block in enumerate(self.transformer.h):
                 x = block(x, positions, caches[layer] if caches else None)
-            x = x if states is None else x[states]                          # (n, C)
-            return self.lm_head(self.transformer.ln_f(x))                   # (B, T, V) or (n, V)
+        x = x if states is None else x[states]                              # (n, C)
+        return self.lm_head(self.transformer.ln_f(x))                       # (B, T, V) or (n, V), float32
 
     def load_weights(self, state_dict):
         """Load a state dict with nanoGPT's names, such as checkpoint["model"]. Raises RuntimeError naming what does not fit.

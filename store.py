@@ -9,7 +9,6 @@ on after a kill; a changed one makes what depends on the change, and only that. 
 import hashlib
 import io
 import os
-import pickle
 import signal
 import sys
 from contextlib import contextmanager
@@ -18,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import UserError
+from data import UserError, tokenizer_text
 
-SOURCES = ("data.py", "measure.py", "model.py", "options.py", "store.py", "train.py", "tvkd.py")
+SOURCES = ("data.py", "measure.py", "model.py", "options.py", "report.py", "store.py", "train.py", "tvkd.py")
 DIGITS = 64                         # of a SHA-256
-NO_EFFECT = ("log_interval", "eval_interval", "save_interval")              # options that stages read, on nothing they make
+NO_EFFECT = ("log_interval", "eval_interval", "save_interval")              # options that no weight, value or row depends on
 
 
 def write(path, content):
@@ -44,14 +43,17 @@ def read(path):
     raw = path.read_bytes()
     if hashlib.sha256(raw[:-DIGITS]).hexdigest().encode() != raw[-DIGITS:]:
         raise UserError(f"{path}: expected a file as a run wrote it, got other bytes")
-    return load_safely(io.BytesIO(raw), path)
+    content = load_safely(io.BytesIO(raw), path)
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in ("made_from", "options")):
+        raise UserError(f"{path}: expected a file as a run wrote it, got other content")
+    return content
 
 
 def load_safely(file, name):
     """torch.load of tensors and plain values alone: anything else in the file is refused and not run. Raises UserError."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except Exception as error:                      # whatever torch.load stumbles on in bytes that nobody vouches for
         said = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:120]
         raise UserError(f"{name}: expected a file of tensors and plain values, which torch.load(weights_only=True) reads; got: "
                         f"{said}") from None
@@ -74,6 +76,17 @@ def fingerprint_of_code():
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()
 
 
+def vocabulary(tokenizer):
+    """What tells a tokenizer from another: the fingerprint of a learned one, the name of any other."""
+    return fingerprint([[tokenizer_text(tokenizer)]]) if tokenizer.name == "learned" else tokenizer.name
+
+
+def file_of(stage, ending=".pt"):
+    """Name of the file in which a stage is kept; the models of the table have names of their own for two stages."""
+    stage = {"teacher": "teacher-dpo", "sft": "student-sft"}.get(stage, stage)
+    return f"{stage.replace(' ', '-').replace('/', '-')}{ending}"
+
+
 class Watched:
     """The options of a Config, which notes the ones that are read: what is made depends on those and on no other."""
 
@@ -86,22 +99,26 @@ class Watched:
 
 
 class Store:
-    """The kept files of one folder. common: what all of them depend on; writes: no in all processes but one; wait: for the others."""
+    """The kept files of one folder. common: what all of them depend on.
 
-    def __init__(self, folder, common, writes=True, wait=lambda: None):
-        self.folder, self.common, self.writes, self.wait = folder, common, writes, wait
+    With several processes one `writes`, and in_all(flag) tells whether the flag is set in every one of them.
+    """
 
-    def keep(self, name, setup, made_from, make, wait=None):
+    def __init__(self, folder, common, writes=True, in_all=bool):
+        self.folder, self.common, self.writes, self.in_all = folder, common, writes, in_all
+        for path in folder.glob("*.tmp") if writes else ():                 # a kill may have left one
+            path.unlink()
+
+    def keep(self, name, setup, made_from, make, in_all=None):
         """The content of file `name`, a dict, and whether it was made now: by make(setup, partial), where it cannot be read.
 
         made_from: digests of all it is made from but options; those that make() reads from its setup.config are noted. partial:
         a Partial, in which a long make() may leave what it has done so far.
         """
-        wait, path = wait or self.wait, self.folder / name
+        in_all, path = in_all or self.in_all, self.folder / name
         partial = Partial(self, path.with_name(f"{name}.partial"), {**self.common, **made_from}, Watched(setup.config))
         found = self.find(path, partial.made_from, setup.config)
-        wait()                                                              # nobody writes what another has yet to look at
-        if found is not None:
+        if in_all(found is not None):                                       # nobody writes what another has yet to look at
             if self.writes:
                 partial.path.unlink(missing_ok=True)                        # a kill may have come just before this
             return found, False
@@ -109,7 +126,7 @@ class Store:
         if self.writes:
             self.put(path, partial.made_from, partial.config, found)
             partial.path.unlink(missing_ok=True)
-        wait()
+        in_all(True)                                                        # or goes on to read what is not yet written
         return found, True
 
     def find(self, path, made_from, config):

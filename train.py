@@ -29,6 +29,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from shutil import get_terminal_size
 
@@ -44,9 +45,9 @@ from measure import (Setup, against_dpo, batches, both_responses, cached_logps, 
 from model import GPT, GPTConfig, from_content, frozen
 from options import in_bfloat16, parse_args, pick_device, terminal_of
 from report import label, show_psi, table, write_report
-from store import Store, ctrl_c_held, fingerprint, fingerprint_of_code, load_safely, write
+from store import Store, ctrl_c_held, file_of, fingerprint, fingerprint_of_code, load_safely, vocabulary, write
 from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
-from use import file_of, show_answers, use_run
+from use import show_answers, use_run
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Training. A stage is a loss_of(model, ids) -> {"loss": the sum over "n" pairs or tokens, further sums to log, "tokens": of the
@@ -58,6 +59,14 @@ PARTS = 6       # the rows of a batch go through the model in so many parts, by 
 def processes():
     """(rank, number of processes): (0, 1) but for torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def in_all(flag, device):
+    """Whether the flag is set in every process; all of them get here before one goes on."""
+    found = torch.tensor(float(flag), device=device)
+    if processes()[1] > 1:
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+    return bool(found)
 
 
 def gradient(model, network, loss_of, ids, micro_batch):
@@ -131,10 +140,11 @@ def fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate=No
                 left = spent / (step - done) * (steps - step)
                 print(f"  {stage} {step}/{steps}  {shown}  {tokens / spent:,.0f} tokens/s  {left:.0f} s left", flush=True)
                 since = time.perf_counter()
-            if interrupted or partial and step < steps and time.perf_counter() - saved >= config.save_interval:
+            stop = partial is not None and not in_all(not interrupted, device)      # one pressed is all pressed
+            if stop or partial and step < steps and time.perf_counter() - saved >= config.save_interval:
                 partial.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "log": lines})
                 saved = time.perf_counter()
-            if interrupted:
+            if stop:
                 raise KeyboardInterrupt
     return lines
 
@@ -191,7 +201,10 @@ def check_start(loss_of, model, ids, alpha_psi):
     gradient = torch.stack([g.norm() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm().item()
     print(f"  step 0 check: loss {loss.item():.4f}, expected {expected:.4f}{' = ln 2' if not alpha_psi.any() else ''}; "
           f"margin {margin:.1e}, expected 0; gradient norm {gradient:.3f}, expected not 0")
-    if abs(loss.item() - expected) > 1e-3 or abs(margin) > 1e-3 or not gradient > 0:
+    if not math.isfinite(loss.item() + gradient):
+        raise FloatingPointError("the step 0 check failed: expected a finite loss and gradient; the weights or psi are not finite")
+    rounding = 0.2 if model.config.bfloat16 else 1e-3       # the reference was scored in other batches, so other sums
+    if abs(loss.item() - expected) > rounding or abs(margin) > rounding or not gradient > 0:
         raise RuntimeError("the step 0 check failed: policy and reference are not the same model, or are scored differently")
 
 
@@ -273,6 +286,9 @@ def pretrained(who, setup):
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
         if sizes["vocab_size"] not in (n_vocab, 64 * math.ceil(n_vocab / 64)):
             raise UserError(f"{option}: expected a vocabulary of the tokenizer's {n_vocab} ids, got {sizes['vocab_size']} in {path}")
+        head, embedding = (state.get(f"{name}.weight") for name in ("lm_head", "transformer.wte"))
+        if head is not None and embedding is not None and not torch.equal(head, embedding):
+            raise UserError(f"{option}: expected an output head tied to the token embedding, got two tensors in {path}")
         if sizes["block_size"] < block_size:
             raise UserError(f"{option}: expected a context of at least --block_size={block_size}, got {sizes['block_size']} in {path}")
         model = GPT(GPTConfig(**{**sizes, "vocab_size": n_vocab, "block_size": block_size}))
@@ -280,7 +296,7 @@ def pretrained(who, setup):
         model.load_weights({name: tensor[:rows.get(name)] for name, tensor in state.items()})
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise UserError(f"{option}: expected a nanoGPT checkpoint with model and model_args, got {path}: {said}") from None
     return model
@@ -307,7 +323,7 @@ def dpo_teacher(teacher_ref, setup, log_file, validate=None, partial=None):
     teacher = copy.deepcopy(teacher_ref).requires_grad_(True)
     ref_logps = cached_logps(teacher_ref, both_responses(pairs), config.batch_size, setup.device).view(2, -1)   # (2, all pairs)
     loss_of = preference(pairs, ref_logps, config.teacher_beta, setup.device)
-    check_start(loss_of, teacher, list(range(len(pairs)))[:config.batch_size], torch.zeros(1))
+    check_start(loss_of, teacher, list(range(len(pairs)))[:config.micro_batch or config.batch_size], torch.zeros(1))
     return teacher, fit("teacher-dpo", teacher, loss_of, len(pairs), config.teacher_dpo_steps, config.teacher_dpo_lr, config,
                         setup.seed, log_file, validate and (lambda: validate(teacher)), partial)
 
@@ -333,21 +349,18 @@ def student_loss(method, policy, pairs, ref_logps, setup, teacher=None, psi=None
         return supervised(teacher_answers(teacher, pairs, setup), device)
     if method == "kd":
         return distillation(teacher, pairs, device)
-    loss_of = preference(pairs, ref_logps, config.beta, device, psi, config.alpha)
-    first = list(range(len(pairs)))[:config.batch_size]
+    loss_of = preference(pairs, ref_logps, config.beta, device, *(() if psi is None else (psi, config.alpha)))
+    first = list(range(len(pairs)))[:config.micro_batch or config.batch_size]
     check_start(loss_of, policy, first, torch.zeros(1) if psi is None else config.alpha * (psi[0] - psi[1])[first])
     return loss_of
-
-
-def vocabulary(setup):
-    return {"tokenizer": fingerprint([[data.tokenizer_text(setup.tokenizer)]])}
 
 
 def run(setup, store, log_file):
     """One full pipeline of one seed -> (rows of the table, held-out pairs with psi per token). Prints as it goes.
 
     What each stage makes is kept in `store`, under the checksums of what it is made from. The stage gets a Setup whose options are
-    noted as it reads them: options must be read from that one, inside.
+    noted as it reads them: what it makes must depend on no other. Only its log may: the log of a kept stage is that of its training,
+    with the intervals and the validation of then.
     """
     seed, device, is_first = setup.seed, setup.device, processes()[0] == 0
 
@@ -356,7 +369,7 @@ def run(setup, store, log_file):
         def make(setup, partial):
             model, lines = train(setup, partial)
             return {"config": asdict(model.config), "model": model.state_dict(), "log": lines}
-        content, is_new = store.keep(file_of(stage), setup, {**made_from, **vocabulary(setup)}, make)
+        content, is_new = store.keep(file_of(stage), setup, {**made_from, "tokenizer": vocabulary(setup.tokenizer)}, make)
         if not is_new:
             print(f"  {stage}: kept in {store.folder / file_of(stage)}")
             print(*content["log"], sep="", end="", file=log_file)
@@ -442,9 +455,9 @@ def measured(rows, models, origins, setup, store):
             found, each = table_row(row, models[name], origins[who], beta, setup)
             return {"row": found, "reward": each.get("reward")}
         own = read_by(name, setup)
-        made_from = {"held-out pairs": fingerprint(own.ids.test), "their texts": fingerprint(own.texts.test), **vocabulary(own),
+        made_from = {"held-out pairs": fingerprint(own.ids.test), "their texts": fingerprint(own.texts.test), "tokenizer": vocabulary(own.tokenizer),
                      **store.sums(file_of(name), f"{who}-sft.pt")}
-        content, _ = store.keep(file_of(name, ".row.pt"), own, made_from, make, wait=lambda: None)
+        content, _ = store.keep(file_of(name, ".row.pt"), own, made_from, make, in_all=bool)
         rows[i], rewards[name] = content["row"], content["reward"]
     if rewards.get("dpo") is None:
         return rows
@@ -454,13 +467,16 @@ def measured(rows, models, origins, setup, store):
 @contextmanager
 def together(device):
     """Under torchrun, one of its processes: the device is a GPU of its own where there are GPUs, and only the first one prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node: expected at most the {torch.cuda.device_count()} GPUs of this machine")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The others wait while the first one evaluates.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere) if dist.get_rank() else nullcontext():
         yield device
     dist.destroy_process_group()                                            # not after an error: the others may never answer
@@ -469,7 +485,8 @@ def together(device):
 def run_all(config, device, started):
     """Every seed -> results.json, report.html and log.jsonl in --out."""
     rows, shown, out, is_first = [], [], Path(config.out), processes()[0] == 0
-    common = {"torch": str(torch.__version__), "device": device.type, "the code": fingerprint_of_code()}
+    common = {"torch": str(torch.__version__), "device": device.type, "threads": torch.get_num_threads(),
+              "processes": processes()[1], "the code": fingerprint_of_code()}
     for seed in range(config.seed, config.seed + config.seeds):
         setup = prepare(config, seed, device)                               # refuses bad data before --out is touched
         folder = out / f"seed{seed}"
@@ -486,7 +503,7 @@ def run_all(config, device, started):
             if is_first and learned:
                 write(folder / name, data.tokenizer_text(tokenizer).encode())
         with log_file:
-            store = Store(folder, {"seed": seed, **common}, is_first, dist.barrier if dist.is_initialized() else lambda: None)
+            store = Store(folder, {"seed": seed, **common}, is_first, lambda flag: in_all(flag, device))
             new_rows, new_shown = run(setup, store, log_file)
         if not is_first:
             continue
@@ -527,7 +544,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python would try again at its end
         return 1
     except OSError as error:
-        status, said = 2, f"--out: expected a folder with room to write, got {error}"
+        status, said = 2, f"expected files that can be read and written: {error}"
     print(f"train.py: {said}", file=sys.stderr)
     return status
 

@@ -11,13 +11,7 @@ from data import UserError
 from measure import Setup, cached_margins, is_correct, read_by, sample, spoken
 from model import frozen, from_content
 from report import label, printable
-from store import fingerprint, read, write
-
-
-def file_of(stage, ending=".pt"):
-    """Name of the file in which a stage is kept; the models of the table have names of their own for two stages."""
-    stage = {"teacher": "teacher-dpo", "sft": "student-sft"}.get(stage, stage)
-    return f"{stage.replace(' ', '-').replace('/', '-')}{ending}"
+from store import file_of, read, vocabulary, write
 
 
 def load_run(config, device):
@@ -38,7 +32,7 @@ def load_run(config, device):
         if made.teacher_tokenizer:
             learned = made.teacher_tokenizer.isdecimal()
             own = data.load_tokenizer(folder / "teacher.tiktoken") if learned else data.named_tokenizer(made.teacher_tokenizer)
-        of_student, of_teacher = (fingerprint([[data.tokenizer_text(tokenizer)]]) for tokenizer in (tokenizer, own))
+        of_student, of_teacher = (vocabulary(tokenizer) for tokenizer in (tokenizer, own))
         labels = [label(row) for row in results["rows"] if row["seed"] == config.seed]
         models = {name: load(name) for name in labels}
         origins = dict.fromkeys(labels, (models["sft"], made.beta)) | {"teacher": (load("teacher-sft"), made.teacher_beta)}

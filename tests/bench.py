@@ -42,6 +42,7 @@ import measure
 import train
 from measure import batches, both_responses, cached_logps, cached_values, response_logps, tokens_in
 from model import GPT, GPTConfig, frozen
+from options import Config, parse_args
 
 CPU = torch.device("cpu")
 LIMITS = {"tvkd_over_dpo_step": "<= 1.02", "dpo_cached_over_uncached": "<= 0.75", "step_over_plain_lm": "<= 1.10",
@@ -287,8 +288,8 @@ def of_memory(quick):
         with patch.object(measure, "score", score), patch.object(train, "PARTS", parts):
             return peak_bytes(lambda: train.gradient(model, model, loss_of, torch.arange(B), 0))
     own, same, whole = (peak(*way) for way in ((measure.score, train.PARTS), (everywhere, train.PARTS), (everywhere, 1)))
-    yield ("head_memory_ratio", own / same, "peak memory of a DPO gradient over that with log_softmax at every position, rows "
-           f"half response, V = {V:,}; {own / whole:.2f} over that in one part")
+    yield ("head_memory_ratio", own / whole, "peak memory of a DPO gradient over that with log_softmax at every position of the "
+           f"batch, rows half response, V = {V:,}; {own / same:.2f} over the latter in {train.PARTS} parts by length too")
 
     errors, peaks = [], []
     for config in (GPTConfig(512, 64, 2, 4, 48), GPTConfig(512, 128, 4, 8, 128), GPTConfig(20000, 64, 2, 4, 64)):
@@ -304,7 +305,7 @@ def of_memory(quick):
 
 def sizes():
     """Lines of a table: computed memory of the teacher's DPO and of the last student's TVKD, for larger models too."""
-    toy = train.Config()
+    toy = Config()
     small, medium = GPTConfig(50257, 1024, 12, 12, 768), GPTConfig(50257, 1024, 24, 16, 1024)
     default = [GPTConfig(toy.vocab_size, toy.block_size, *(getattr(toy, f"{who}_{x}") for x in ("layers", "heads", "width")))
                for who in ("student", "teacher")]
@@ -326,7 +327,7 @@ def sizes():
 
 def of_padding(path):
     """Padding among the tokens that a model reads in an epoch of DPO at the default settings of --data."""
-    config = train.parse_args([f"--data={path}"])
+    config = parse_args([f"--data={path}"])
     with redirect_stdout(io.StringIO()):
         pairs = train.prepare(config, config.seed, CPU).ids.train
 
@@ -343,7 +344,7 @@ def of_padding(path):
 
 def measured(quick, path):
     """(key, value, what it is) of every figure, at the default sizes of the toy task where nothing else is said."""
-    config = train.Config(**(dict(train_pairs=40, student_pairs=40, val_pairs=1, test_pairs=1) if quick else {}))
+    config = Config(**(dict(train_pairs=40, student_pairs=40, val_pairs=1, test_pairs=1) if quick else {}))
     with redirect_stdout(io.StringIO()):
         setup = train.prepare(config, config.seed, CPU)
         student, teacher = (train.new_model(who, setup) for who in ("student", "teacher"))

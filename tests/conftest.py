@@ -59,8 +59,6 @@ def close(got, expected, tolerance=1e-6):
 
 def pytest_addoption(parser):
     parser.addoption("--impl", metavar="FILE", help="grade FILE, which holds functions of its own in place of tvkd.py's")
-
-
     parser.addoption("--function", metavar="NAME", help="with --impl: only the tests of this function")
 
 

@@ -38,7 +38,7 @@ def test_what_is_counted(found):
     """Not timed, so the same on every machine."""
     assert found["teacher_bytes_per_token"]["value"] == 4
     assert found["memory_formula_error"]["value"] < 0.1
-    assert found["head_memory_ratio"]["value"] < 0.6
+    assert found["head_memory_ratio"]["value"] < 0.5
 
 
 def test_memory_by_hand():

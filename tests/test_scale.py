@@ -74,6 +74,22 @@ def test_parts_leave_the_loss_as_it_is(monkeypatch):
     assert found[0] == pytest.approx(found[1], abs=1e-3) and found[0][-1] == 3 * (2 * 1 + 31)
 
 
+def test_a_process_without_a_pair_adds_nothing(monkeypatch):
+    """The third process of three has no share of a batch of two pairs: it takes part with 0, and its gradient is 0 times 3 / 2."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    monkeypatch.setattr(train, "processes", lambda: (2, 3))
+    seen = []
+
+    def all_reduce(total):
+        seen.append(total.tolist())
+        total += torch.tensor([12.0, 2, 20])                                # what the first two had
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    total = train.gradient(model, model, lambda model, ids: {"loss": 5 * model.weight.sum(), "n": len(ids), "tokens": 10},
+                           torch.arange(2), 0)
+    assert seen == [[0, 0, 0]] and total == {"loss": 12, "n": 2, "tokens": 20}
+    close(model.weight.grad, [[0.0]])
+
+
 # --- processes --------------------------------------------------------------------------------------------------------------
 
 def torchrun(out, *options):
@@ -135,20 +151,32 @@ def test_bfloat16_is_asked_for_only_where_it_is(monkeypatch):
 
 
 def test_bfloat16_keeps_log_probs_in_float32():
-    """Weights and log-probs are float32; the logits are bfloat16 and differ a little; sampling works on the float32 cache."""
+    """Weights, logits and log-probs are float32 and differ a little; products in the blocks are bfloat16; sampling works on the
+    float32 cache."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(50, 40, 2, 2, 16))
     tokens, mask = data.collate([data.Row([1, 2, 3], [4, 5, 0])])
     exact = measure.score(model, tokens, mask)
     model.config.bfloat16 = True
-    assert model(tokens).dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
+    inside = []
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, given, made: inside.append(made.dtype))
+    assert model(tokens).dtype == model.lm_head.weight.dtype == torch.float32 and inside == [torch.bfloat16]
     rounded = measure.score(model, tokens, mask)
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.1
     assert len(model.generate([[1, 2, 3]], 5, eos=49)) == 1
 
 
+def test_precision_reaches_the_model(tmp_path):
+    """--precision=bfloat16 on the CPU: the models of a run say so, and the step 0 check allows for the rounding of other batches."""
+    for precision, expected in (("bfloat16", True), ("auto", False)):
+        out = tmp_path / precision
+        run(out, *FAST[len(SMALL):], "--methods=dpo", f"--precision={precision}")
+        for stage in ("teacher-sft", "student-sft", "dpo"):
+            assert torch.load(out / "seed0" / f"{stage}.pt", weights_only=True)["config"]["bfloat16"] is expected
+
+
 def test_compile_is_off_unless_asked_for(tmp_path, monkeypatch):
-    """--compile=1 compiles the model of each of the 3 stages, and only trains through it: the same rows. --compile=0 does not."""
+    """--compile=1 compiles the model of each of the 4 stages, and only trains through it: the same rows. --compile=0 does not."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     rows, _ = run(tmp_path / "off", *FAST[len(SMALL):], "--methods=dpo")
@@ -199,7 +227,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path, capsys)
         return capsys.readouterr().err
     assert "--student_init: expected a vocabulary of the tokenizer's 330 ids, got 320" in said("--vocab_size=330")
     assert "--student_init: expected a context of at least --block_size=200, got 128" in said("--block_size=200")
-    for content in ({"model": {}}, {"model": {}, "model_args": sizes}, [1]):
+    kept = torch.load(path, weights_only=True)
+    untied = {**kept["model"], "_orig_mod.lm_head.weight": torch.zeros(320, 16)}
+    torch.save({**kept, "model": untied}, path)
+    assert "--student_init: expected an output head tied to the token embedding, got two tensors" in said()
+    scalar = {name: torch.tensor(1.0) for name in kept["model"]}
+    for content in ({"model": {}}, {"model": {}, "model_args": sizes}, [1], {"model": scalar, "model_args": sizes}):
         torch.save(content, path)
         assert "--student_init: expected a nanoGPT checkpoint with model and model_args" in said()
     for _ in evil_files(path, tmp_path / "ran"):

@@ -183,13 +183,48 @@ def test_a_changed_byte_is_noticed(whole, tmp_path, capsys, where):
     same_run(out, whole)
 
 
-def test_only_what_depends_is_made_anew(whole, tmp_path, capsys):
-    """--gamma: the two TVKD students and their rows, nothing else, and the option is named."""
+@pytest.mark.parametrize("name", ["gamma", "alpha"])
+def test_only_what_depends_is_made_anew(whole, tmp_path, capsys, name):
+    """--gamma, --alpha: the two TVKD students and their rows, nothing else, and the option is named."""
     out = copy_of(whole, tmp_path)
-    assert train.main([*TINY, f"--out={out}", "--gamma=0.5"]) == 0
+    assert train.main([*TINY, f"--out={out}", f"--{name}=0.5"]) == 0
     anew = [line for line in capsys.readouterr().out.splitlines() if "made anew" in line]
-    assert len(anew) == 4 and anew[0].endswith("tvkd-implicit-value.pt: made anew, because --gamma was 1.0, is 0.5")
+    assert len(anew) == 4 and anew[0].endswith(f"tvkd-implicit-value.pt: made anew, because --{name} was 1.0, is 0.5")
     assert sum("row.pt" in line for line in anew) == 2
+
+
+def test_data_that_changed_is_noticed(tmp_path, capsys):
+    """One rejected response of a file of preferences is edited. The supervised stages never read it and are kept; DPO is not."""
+    path, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+    lines = [json.dumps(pair._asdict()) + "\n" for pair in data.toy_splits(40, 1, 1, 0).train]
+    options = [*TINY, f"--data={path}", f"--out={out}", "--methods=dpo", "--train_pairs=0", "--vocab_size=257", "--block_size=200"]
+    for change in (lambda line: line, lambda line: line.replace('", "rejected": " ', '", "rejected": " Well. ')):
+        path.write_text("".join(map(change, lines)), encoding="utf-8")
+        assert train.main(options) == 0
+    shown = capsys.readouterr().out
+    assert "teacher-sft: kept" in shown and "student-sft: kept" in shown
+    for name in ("teacher-dpo.pt", "ref-logps.pt", "dpo.pt"):
+        assert f"{name}: made anew, because pairs was" in shown or f"{name}: made anew, because" in shown and "pairs was" in shown
+    assert shown.count("teacher-dpo.pt: made anew") == 1
+
+
+def test_the_store_alone(tmp_path):
+    """Kept once; made anew for another digest, another common entry or another value of an option that was read, not of one that
+    was not. A process that does not write leaves nothing."""
+    setup = train.Setup(Config(), 0, None, None, None, None, None, None)
+
+    def kept(common, digest, config, **process):
+        def make(setup, partial):
+            partial.save({"half": 1})
+            return {"alpha": setup.config.alpha}
+        return store.Store(tmp_path, common, **process).keep("x.pt", setup._replace(config=config), {"d": digest}, make)
+    assert kept({"c": 1}, 1, Config(), writes=False) == ({"alpha": 1.0}, True) and list(tmp_path.iterdir()) == []
+    found = [kept(common, digest, config)[1] for common, digest, config in (
+        ({"c": 1}, 1, Config()), ({"c": 1}, 1, Config(beta=2.0)), ({"c": 2}, 1, Config()), ({"c": 2}, 2, Config()),
+        ({"c": 2}, 2, Config(alpha=2.0)))]
+    assert found == [True, False, True, True, True]
+    assert kept({"c": 2}, 2, Config(alpha=2.0), in_all=lambda flag: False)[1]   # another process has not found it
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
 CHANGES = {"methods": "bc,dpo,tvkd", "seed": 1, "beta": 0.5, "value": "logits", "terminal": "zero", "vocab_size": 290,
@@ -213,7 +248,18 @@ def test_no_option_leaves_anything_stale(whole, tmp_path, name):
 
 
 def test_other_code_is_not_mixed(whole, tmp_path, capsys, monkeypatch):
-    """What another tvkd.py made is made anew: a reader who edits an equation sees what it does."""
+    """What another tvkd.py made is made anew: a reader who edits an equation sees what it does. Every module that a run imports
+    counts."""
+    assert set(store.SOURCES) == {f"{name}.py" for name in (
+        "data", "measure", "model", "options", "report", "store", "train", "tvkd")}
+    shutil.copytree(ROOT, tmp_path / "code", ignore=lambda folder, names: [name for name in names if not name.endswith(".py")])
+    monkeypatch.setattr(store, "__file__", str(tmp_path / "code" / "store.py"))
+    prints = {store.fingerprint_of_code()}
+    for name in store.SOURCES:
+        with open(tmp_path / "code" / name, "a", encoding="utf-8") as file:
+            file.write("#")
+        prints.add(store.fingerprint_of_code())
+    assert len(prints) == 1 + len(store.SOURCES)
     out = copy_of(whole, tmp_path)
     monkeypatch.setattr(train, "fingerprint_of_code", lambda: "another")
     assert train.main([*TINY, f"--out={out}", "--methods=dpo"]) == 0

@@ -535,6 +535,15 @@ def test_help_lists_every_option(capsys):
     assert stop.value.code == 0 and all(f"--{f.name} " in shown for f in fields(Config))
 
 
+def test_non_finite_gradient_stops(tmp_path):
+    """sqrt(0 w) is 0 with a gradient of NaN: stopped before the step, the weight is as it was."""
+    model, batch = torch.nn.Linear(1, 1, bias=False), {"n": 1, "tokens": 1}
+    before = model.weight.item()
+    with pytest.raises(FloatingPointError, match="x: loss 0.0, gradient norm nan at step 1; .* batch \\[0\\]"):
+        train.fit("x", model, lambda model, ids: {"loss": (0 * model.weight.sum()).sqrt(), **batch}, 1, 3, 0.1, Config(), 0, io.StringIO())
+    assert model.weight.item() == before
+
+
 def test_non_finite_loss_stops(tmp_path, capsys):
     assert train.main([*SMALL, f"--out={tmp_path}", "--teacher_sft_lr=1e30", "--teacher_sft_steps=40"]) == 1
     assert re.search(r"teacher-sft: loss (nan|inf), gradient norm \S+ at step \d+;.* batch \[\d", capsys.readouterr().err)
