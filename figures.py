@@ -110,6 +110,13 @@ def comparison(record):
     return markdown(["model", *(title for title, _, _ in columns), "bytes"], lines)
 
 
+def twice(record, again):
+    """Differences to DPO of the record and of the same experiment made again by later code, settings chosen anew."""
+    first, second = ({name: cell(rows, "vs_dpo", "+.2f") for name, rows in grouped(record["rows"]).items()}
+                     for record in (record, again))
+    return markdown(["model", "minus DPO", "again"], [[name, first[name], second[name]] for name in first if first[name] != "-"])
+
+
 def values(record):
     """Correlation and agreement with the true reward, on the student's and on held-out pairs."""
     lines = []
@@ -275,6 +282,8 @@ def figures(records):
 def tables(records):
     """Mark of the README -> the text that stands there."""
     found = {name: comparison(records[name]) for name in ("main", "bytes", "gauge", "real") if name in records}
+    if "again" in records:
+        found["again"] = twice(records["main"], records["again"])
     if "tune" in records:
         found["tune"] = settings(records["tune"])
     if "values" in records:
@@ -291,7 +300,7 @@ def cost(records):
     """What the records took to make, and on what. A cell that several experiments share was trained, and counts, once."""
     made = sorted({f"{m['machine']}, Python {m['python']}, torch {m['torch']}" for m in (r["made"] for r in records.values())})
     seconds, parts = {}, []
-    for name, record in records.items():
+    for name, record in ((name, record) for name, record in records.items() if name != "again"):
         new = {(row["seed"], identity(row)): row["seconds"] for row in record["rows"]}
         parts.append(f"{name} {sum(x for cell, x in new.items() if cell not in seconds) / 60:.0f}")
         seconds |= new

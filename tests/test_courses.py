@@ -180,6 +180,6 @@ def test_exercises_names_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
-    options = re.findall(r"^    (\w+): \w+ = option\(", (ROOT / "train.py").read_text(encoding="utf-8"), re.MULTILINE)
+    options = re.findall(r"^    (\w+): \w+ = option\(", (ROOT / "options.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(options) > 30 and set(re.findall(r"--([a-z]\w*)", text)) <= {*options, "impl", "function"}
     assert re.findall(r"^## (\d+)\.", text, re.MULTILINE) == [str(i) for i in range(1, 11)]

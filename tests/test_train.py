@@ -578,7 +578,8 @@ def test_readme_names_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*.py"))
     for name in re.findall(r"`(test_\w+)`", readme):
         assert f"def {name}(" in tests, name
-    options = {f.name for f in fields(Config)} | {"help", "index-url", "impl", "function", "tb", "results", "jobs"}
+    options = {f.name for f in fields(Config)} | {"help", "index-url", "impl", "function", "tb", "results", "jobs", "standalone",
+                                              "nproc_per_node", "sizes"}
     assert set(re.findall(r"--([a-z][\w-]+)", readme)) <= options
     functions = re.findall(r"^def ([a-z]\w+)", (ROOT / "tvkd.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(functions) == 10 and all(f"| `{name}`" in readme or f"`{name}` |" in readme for name in functions)
