@@ -55,13 +55,13 @@ class Config:
     student_layers: int = option(2, "blocks of the student")
     student_heads: int = option(4, "attention heads of the student")
     student_width: int = option(48, "channels of the student")
-    teacher_init: str = option("", "start the teacher from this nanoGPT checkpoint, whose sizes it takes; empty: new weights")
+    teacher_init: str = option("", "start the teacher from this checkpoint of nanoGPT or of out/, with its sizes; empty: new weights")
     student_init: str = option("", "the same for the student")
     # training
     batch_size: int = option(64, "pairs (two rows each) in a step of every stage; supervised stages take as many rows", 8)
     micro_batch: int = option(0, "pairs, or rows, in memory at a time, for a gradient of the same batch; 0: the whole batch")
     precision: str = option("auto", "of matrix products: float32, bfloat16, or auto for bfloat16 on a GPU that supports it")
-    compile: int = option(0, "1: torch.compile the model in training; needs a C++ compiler")
+    compile: int = option(0, "1: torch.compile the model in training; takes minutes before the first step of each stage")
     teacher_sft_steps: int = option(400, "steps of the teacher's supervised fine-tuning", 100)
     teacher_dpo_steps: int = option(94, "steps of the teacher's DPO", 40)
     student_sft_steps: int = option(600, "steps of the student's supervised fine-tuning", 100)
@@ -82,7 +82,9 @@ class Config:
         """Raise UserError naming the first option whose value cannot work."""
         def expect(name, holds, expected):
             if not holds:
-                raise UserError(f"--{name}: expected {expected}, got {getattr(self, name)!r}")
+                got = getattr(self, name)
+                got = ",".join(got) if isinstance(got, tuple) else repr(got)
+                raise UserError(f"--{name}: expected {expected}, got {got}")
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is int:

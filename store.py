@@ -101,11 +101,12 @@ class Watched:
 class Store:
     """The kept files of one folder. common: what all of them depend on.
 
-    With several processes one `writes`, and in_all(flag) tells whether the flag is set in every one of them.
+    With several processes one `writes`, and in_all(flag) tells whether the flag is set in every one of them. before_change() is
+    called before a file is made or replaced.
     """
 
-    def __init__(self, folder, common, writes=True, in_all=bool):
-        self.folder, self.common, self.writes, self.in_all = folder, common, writes, in_all
+    def __init__(self, folder, common, writes=True, in_all=bool, before_change=lambda: None):
+        self.folder, self.common, self.writes, self.in_all, self.before_change = folder, common, writes, in_all, before_change
         for path in folder.glob("*.tmp") if writes else ():                 # a kill may have left one
             path.unlink()
 
@@ -124,6 +125,7 @@ class Store:
             return found, False
         found = make(setup._replace(config=partial.config), partial)
         if self.writes:
+            self.before_change()
             self.put(path, partial.made_from, partial.config, found)
             partial.path.unlink(missing_ok=True)
         in_all(True)                                                        # or goes on to read what is not yet written
@@ -142,8 +144,10 @@ class Store:
         was = {**found["made_from"], **{f"--{name}": value for name, value in found["options"].items()}}
         other = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
         if other:
-            said = ", ".join(f"{name} was {was.get(name)!r:.14}, is {now.get(name)!r:.14}" for name in other)
-            print(f"{path}: made anew, because {said}")
+            short = [name for name in other if len(f"{was.get(name)!r}{now.get(name)!r}") < 60]         # digests say nothing
+            said = [f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in short]
+            said += [f"{name} is another" for name in other if name not in short]
+            print(f"{path}: made anew, because {', '.join(said)}")
         return None if other else found
 
     def put(self, path, made_from, config, content):

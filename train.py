@@ -275,17 +275,18 @@ def new_model(who, setup):
 
 
 def pretrained(who, setup):
-    """The GPT of a nanoGPT checkpoint. Its context is cut to block_size; the rows that nanoGPT adds to round its vocabulary up to
+    """The GPT of a checkpoint of nanoGPT, or of a kept file. Its context is cut to block_size; the rows that nanoGPT adds to round its vocabulary up to
     a multiple of 64 go, so that no probability is left on ids that no text has."""
     option, path = f"--{who}_init", getattr(setup.config, f"{who}_init")
     n_vocab, block_size = setup.tokenizer.n_vocab, setup.config.block_size
     try:
         with open(path, "rb") as file:
             content = load_safely(file, option)
-        sizes = {name: content["model_args"][name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")}
+        sizes = content["model_args"] if "model_args" in content else content["config"]         # nanoGPT's, or a kept file's
+        sizes = {name: sizes[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")}
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
         if sizes["vocab_size"] not in (n_vocab, 64 * math.ceil(n_vocab / 64)):
-            raise UserError(f"{option}: expected a vocabulary of the tokenizer's {n_vocab} ids, got {sizes['vocab_size']} in {path}")
+            raise UserError(f"{option}: expected a vocabulary of the tokenizer's {n_vocab} ids (or {64 * math.ceil(n_vocab / 64)}), got {sizes['vocab_size']} in {path}")
         head, embedding = (state.get(f"{name}.weight") for name in ("lm_head", "transformer.wte"))
         if head is not None and embedding is not None and not torch.equal(head, embedding):
             raise UserError(f"{option}: expected an output head tied to the token embedding, got two tensors in {path}")
@@ -298,7 +299,7 @@ def pretrained(who, setup):
         raise
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise UserError(f"{option}: expected a nanoGPT checkpoint with model and model_args, got {path}: {said}") from None
+        raise UserError(f"{option}: expected a checkpoint of nanoGPT or of this program, got {path}: {said}") from None
     return model
 
 
@@ -487,14 +488,17 @@ def run_all(config, device, started):
     rows, shown, out, is_first = [], [], Path(config.out), processes()[0] == 0
     common = {"torch": str(torch.__version__), "device": device.type, "threads": torch.get_num_threads(),
               "processes": processes()[1], "the code": fingerprint_of_code()}
+
+    def outdated():                                                         # no earlier run's table beside new weights
+        for name in ("results.json", "report.html"):
+            (out / name).unlink(missing_ok=True)
     for seed in range(config.seed, config.seed + config.seeds):
         setup = prepare(config, seed, device)                               # refuses bad data before --out is touched
         folder = out / f"seed{seed}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if seed == config.seed and is_first:                            # no earlier run's table beside new weights
-                for name in ("results.json", "report.html", "log.jsonl"):
-                    (out / name).unlink(missing_ok=True)
+            if seed == config.seed and is_first:
+                (out / "log.jsonl").unlink(missing_ok=True)
             log_file = open(out / "log.jsonl" if is_first else os.devnull, "a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out: expected a folder that can be written, got {config.out}: {error.strerror}") from None
@@ -503,7 +507,7 @@ def run_all(config, device, started):
             if is_first and learned:
                 write(folder / name, data.tokenizer_text(tokenizer).encode())
         with log_file:
-            store = Store(folder, {"seed": seed, **common}, is_first, lambda flag: in_all(flag, device))
+            store = Store(folder, {"seed": seed, **common}, is_first, lambda flag: in_all(flag, device), outdated)
             new_rows, new_shown = run(setup, store, log_file)
         if not is_first:
             continue
@@ -529,7 +533,8 @@ def main(argv=None):
         config = parse_args(argv, __doc__)
         device = pick_device(config.device)
         if config.ask or config.score:
-            use_run(config, device)
+            if int(os.environ.get("RANK", 0)) == 0:                         # one process is enough
+                use_run(config, device)
         else:
             with together(device) as device:
                 run_all(config, device, started)

@@ -44,6 +44,7 @@ def load_run(config, device):
 
 def use_run(config, device):
     """--ask and --score."""
+    texts = data.load_pairs(config.score) if config.score else None         # refused before anything is shown
     setup, models, origins = load_run(config, device)
     if config.ask:
         ids = [tokenizer.encode_ordinary(config.ask) for tokenizer in (setup.tokenizer, setup.teacher_tokenizer)]
@@ -52,15 +53,15 @@ def use_run(config, device):
             raise UserError(f"--ask: expected a prompt of at most {room} tokens, got {longest}")
         show_answers([config.ask], ids[:1], ids[1:], models, setup)
     if config.score:
-        score_pairs(config, setup, models, origins)
+        score_pairs(texts, config, setup, models, origins)
 
 
-def score_pairs(config, setup, models, origins):
+def score_pairs(texts, config, setup, models, origins):
     """The pairs of --score -> scores.jsonl in --out: a line a pair, its implicit reward margin under every model.
 
     A pair with a response that does not fit the context has null margins.
     """
-    texts, size = data.load_pairs(config.score), setup.config.block_size
+    size = setup.config.block_size
     (kept, ids, cut), (their_kept, their_ids, _) = (data.encode(texts, tokenizer, size)
                                                     for tokenizer in (setup.tokenizer, setup.teacher_tokenizer))
     own, theirs = dict(zip(map(id, kept), ids)), dict(zip(map(id, their_kept), their_ids))          # by the text's identity
@@ -75,7 +76,7 @@ def score_pairs(config, setup, models, origins):
         margins = cached_margins(model, *origins[name], pairs, setup)
         for (line, _, _), margin in zip(fits, margins.tolist()):
             line["margins"][name] = margin
-        print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, accuracy {is_correct(margins).mean().item():.3f}")
+        print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, accuracy {is_correct(margins).mean().item():.3f}, n = {len(pairs)}")
     path = Path(config.out) / "scores.jsonl"
     write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     print(f"margins in {path}")

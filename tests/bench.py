@@ -370,13 +370,13 @@ def main(argv=None):
         print(*sizes(), sep="\n")
         return 0
     if not args.json:
-        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}" + "; tiny sizes: no figure says anything" * args.quick)
     try:
         for key, value, what in measured(args.quick, args.data):
             limit = LIMITS.get(key)
             found[key] = {"value": value, "limit": limit, "what": what}
             if not args.json:
-                mark = "" if limit is None else "ok" if holds(value, limit) else "MISSED"
+                mark = "" if limit is None or args.quick else "ok" if holds(value, limit) else "MISSED"
                 print(f"{mark:8}{key:26}{value:8.3f}  {limit or '':8}  {what}", flush=True)
     except data.UserError as error:
         print(f"bench.py: {error}", file=sys.stderr)

@@ -90,6 +90,14 @@ def test_a_process_without_a_pair_adds_nothing(monkeypatch):
     close(model.weight.grad, [[0.0]])
 
 
+def test_the_start_is_checked_within_a_micro_batch(tmp_path, monkeypatch):
+    """The step 0 check needs a gradient too, of no more pairs than --micro_batch allows."""
+    sizes, check = [], train.check_start
+    monkeypatch.setattr(train, "check_start", lambda loss_of, model, ids, psi: (sizes.append(len(ids)), check(loss_of, model, ids, psi)))
+    run(tmp_path, *FAST[len(SMALL):], "--methods=dpo,tvkd", "--micro_batch=3")
+    assert sizes == [3, 3, 3, 3]
+
+
 # --- processes --------------------------------------------------------------------------------------------------------------
 
 def torchrun(out, *options):
@@ -213,6 +221,7 @@ def test_start_from_a_nanogpt_checkpoint(checkpoint, tmp_path):
     out = tmp_path / "out"
     assert train.main([*given, f"--out={out}", f"--teacher_init={path}", "--teacher_sft_steps=0", "--methods=dpo"]) == 0
     kept = torch.load(out / "seed0" / "teacher-sft.pt", weights_only=True)
+    assert train.main([*given, f"--out={tmp_path / 'next'}", f"--student_init={out / 'seed0' / 'dpo.pt'}", "--methods=dpo"]) == 0
     close(kept["model"]["transformer.wte.weight"], model.transformer.wte.weight[:300])
 
 
@@ -225,7 +234,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path, capsys)
         assert train.main([*given, f"--out={tmp_path / 'out'}", f"--student_init={path}", *options]) == 2
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
-    assert "--student_init: expected a vocabulary of the tokenizer's 330 ids, got 320" in said("--vocab_size=330")
+    assert "--student_init: expected a vocabulary of the tokenizer's 330 ids (or 384), got 320" in said("--vocab_size=330")
     assert "--student_init: expected a context of at least --block_size=200, got 128" in said("--block_size=200")
     kept = torch.load(path, weights_only=True)
     untied = {**kept["model"], "_orig_mod.lm_head.weight": torch.zeros(320, 16)}
@@ -234,7 +243,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path, capsys)
     scalar = {name: torch.tensor(1.0) for name in kept["model"]}
     for content in ({"model": {}}, {"model": {}, "model_args": sizes}, [1], {"model": scalar, "model_args": sizes}):
         torch.save(content, path)
-        assert "--student_init: expected a nanoGPT checkpoint with model and model_args" in said()
+        assert "--student_init: expected a checkpoint of nanoGPT or of this program" in said()
     for _ in evil_files(path, tmp_path / "ran"):
         assert "--student_init: expected a file of tensors and plain values" in said()
     path.unlink()
