@@ -121,9 +121,14 @@ def is_correct(margins):
     return (margins > 0) + 0.5 * (margins == 0)
 
 
-def summed_psi(values, pairs, gamma, terminal, device):
-    """Sum of psi of each response of `pairs`, the teacher's ids: (2, pairs) float32, all that TVKD reads of the teacher."""
-    return cached_psi(values, both_responses(pairs), gamma, terminal).sum(-1).float().view(2, -1).to(device)
+def summed_psi(values, pairs, gamma, terminal, device, at_once=1000):
+    """Sum of psi of each response of `pairs`, the teacher's ids: (2, pairs) float32, all that TVKD reads of the teacher.
+
+    at_once: rows padded to one width at a time, so that memory does not grow with the pairs.
+    """
+    both = both_responses(pairs)
+    sums = [cached_psi(values[i:i + at_once], both[i:i + at_once], gamma, terminal).sum(-1) for i in range(0, len(both), at_once)]
+    return torch.cat(sums).float().view(2, -1).to(device)
 
 
 def psi_of_pairs(kind, terminal, teacher, teacher_ref, setup, most=6):

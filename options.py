@@ -61,7 +61,7 @@ class Config:
     batch_size: int = option(64, "pairs (two rows each) in a step of every stage; supervised stages take as many rows", 8)
     micro_batch: int = option(0, "pairs, or rows, in memory at a time, for a gradient of the same batch; 0: the whole batch")
     precision: str = option("auto", "of matrix products: float32, bfloat16, or auto for bfloat16 on a GPU that supports it")
-    compile: int = option(0, "1: torch.compile the model in training; takes minutes before the first step of each stage")
+    compile: int = option(0, "1: torch.compile the model in training, which first takes a while in each stage; needs a C++ compiler")
     teacher_sft_steps: int = option(400, "steps of the teacher's supervised fine-tuning", 100)
     teacher_dpo_steps: int = option(94, "steps of the teacher's DPO", 40)
     student_sft_steps: int = option(600, "steps of the student's supervised fine-tuning", 100)

@@ -320,6 +320,8 @@ def test_cache_is_the_live_score_of_each_row(setup):
     logps = measure.cached_logps(ref, rows, 5, CPU)
     values = measure.cached_values("implicit", teacher, ref, rows, 0.5, 5, CPU)
     psi = measure.cached_psi(values, rows, 1.0, "value").sum(-1)
+    for at_once in (5, 1000):
+        torch.testing.assert_close(measure.summed_psi(values, pairs, 1.0, "value", CPU, at_once).flatten(), psi.float())
     for i, row in enumerate(rows):
         tokens, mask = data.collate([row])
         own, its_teacher = measure.score(ref, tokens, mask), measure.score(teacher, tokens, mask)
