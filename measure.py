@@ -1,7 +1,7 @@
 """Reading models: log-probs and values of many rows, psi, sampled answers, and the numbers of the table.
 
-One function, `score`, serves policy, reference and teacher: two code paths would differ at step 0, where the loss must be ln 2. Each row of
-a file is scored once, in batches of like length, and looked up afterwards by its index. Left out: training, and all printing.
+One function, `score`, serves policy, reference and teacher: two code paths would differ at step 0, where the loss must be ln 2.
+Each row of a file is scored once, in batches of like length, and looked up afterwards by its index. Left out: training, printing.
 """
 
 from typing import NamedTuple
@@ -51,7 +51,7 @@ def tokens_in(rows):
 # Log-probs, values and psi of many rows
 
 def score(model, tokens, mask):
-    """tokens (B, T+1), mask (B, T) -> log-probs of the masked actions, 0 elsewhere: (B, T) nats. Only their states meet the head."""
+    """tokens (B, T+1), mask (B, T) -> log-probs of the masked actions, 0 elsewhere: (B, T) nats. No other state meets the head."""
     logits = model(tokens, F.pad(mask, (0, 1)))                             # (n, V); the last state is never acted in
     logps = action_logps(logits, tokens[:, 1:][mask])                       # (n,)
     return torch.zeros(mask.shape, dtype=logps.dtype, device=mask.device).masked_scatter(mask, logps)

@@ -2,8 +2,9 @@
 
 After Karpathy's nanoGPT (github.com/karpathy/nanoGPT, model.py) and GPT-2 (Radford et al. 2019): pre-LayerNorm blocks, learned
 positions, GELU, output head tied to the token embedding. Parameter names are nanoGPT's, so the `model` entry of one of its
-checkpoints loads (see `load_weights`). Unlike nanoGPT, forward returns the logits of every position asked for and no loss, and `generate`
-takes a batch of prompts of unequal length and keeps keys and values. Left out: losses, optimiser, HuggingFace import.
+checkpoints loads (see `load_weights`). Unlike nanoGPT, forward returns the logits of every position asked for and no loss, and
+`generate` takes a batch of prompts of unequal length and keeps keys and values. Left out: losses, optimiser, HuggingFace
+import.
 
 B rows, T positions, C = n_embd channels, H heads of D = C / H channels, S = block_size.
 """
@@ -125,9 +126,10 @@ class GPT(nn.Module):
     def forward(self, tokens, states=None, positions=None, caches=None):
         """tokens (B, T) ids -> (B, T, V) logits; logits[:, t] predicts tokens[:, t+1].
 
-        states (B, T) bool: only these go through the output head -> (n, V), row by row; at a large vocabulary the head is most of
-        the memory. Rows are padded on the RIGHT: attention is causal, so padding cannot reach the tokens before it. positions (B, T) and
-        caches are for `generate`; without them position t is column t. Raises ValueError for T > block_size.
+        states (B, T) bool: only these go through the output head -> (n, V), row by row; at a large vocabulary the head is
+        most of the memory. Rows are padded on the RIGHT: attention is causal, so padding cannot reach the tokens before it.
+        positions (B, T) and caches are for `generate`; without them position t is column t. Raises ValueError for T >
+        block_size.
         """
         T = tokens.shape[1]
         if T > self.config.block_size:

@@ -55,12 +55,12 @@ class Config:
     student_layers: int = option(2, "blocks of the student")
     student_heads: int = option(4, "attention heads of the student")
     student_width: int = option(48, "channels of the student")
-    teacher_init: str = option("", "start the teacher from this checkpoint of nanoGPT or of out/, with its sizes; empty: new weights")
+    teacher_init: str = option("", "start the teacher from this checkpoint of nanoGPT or model of out/, its sizes too; empty: new weights")
     student_init: str = option("", "the same for the student")
     # training
     batch_size: int = option(64, "pairs (two rows each) in a step of every stage; supervised stages take as many rows", 8)
     micro_batch: int = option(0, "pairs, or rows, in memory at a time, for a gradient of the same batch; 0: the whole batch")
-    precision: str = option("auto", "of matrix products: float32, bfloat16, or auto for bfloat16 on a GPU that supports it")
+    precision: str = option("auto", "of the blocks' matrix products: float32, bfloat16, or auto: bfloat16 on CUDA that supports it")
     compile: int = option(0, "1: torch.compile the model in training, which first takes a while in each stage; needs a C++ compiler")
     teacher_sft_steps: int = option(400, "steps of the teacher's supervised fine-tuning", 100)
     teacher_dpo_steps: int = option(94, "steps of the teacher's DPO", 40)
@@ -71,7 +71,7 @@ class Config:
     student_sft_lr: float = option(5e-3, "learning rate of the student's supervised fine-tuning")
     lr: float = option(3e-4, "learning rate of the student in dpo and tvkd", 1e-4)
     distill_lr: float = option(1e-2, "learning rate of the student in bc and kd", 1e-3)
-    save_interval: float = option(30.0, "seconds between two checkpoints of a stage in training; a kill loses no more than that")
+    save_interval: float = option(30.0, "seconds between two checkpoints of a stage in training; a kill loses about as much of it")
     # measuring
     samples: int = option(4, "sampled responses per held-out prompt, at temperature 1", 1)
     max_new_tokens: int = option(48, "longest sampled response, in tokens", 128)

@@ -1,9 +1,10 @@
 """What a run keeps on disk: written whole or not at all, and used again only where it is what would be made anew.
 
-A kept file is what torch.save writes, with the SHA-256 of those bytes behind it; torch.load reads it as it is. It holds all that it
-depends on: "options", those that were read while it was made, and "made_from", digests of data, of the code and of the kept files
-it was made from. Where its bytes or any of these are others now, it is made anew, and the reason printed. So the same command goes
-on after a kill; a changed one makes what depends on the change, and only that. Left out: two runs in one folder at a time.
+A kept file is what torch.save writes, with the SHA-256 of those bytes behind it; torch.load reads it as it is. It holds all
+that it depends on: "options", those that were read while it was made, and "made_from": seed, torch, device, threads, processes,
+digests of data, of the code and of the kept files it was made from. Where its bytes or any of these are others now, it is made
+anew, and the reason printed. So the same command goes on after a kill; a changed one makes what depends on the change, and only
+that. Left out: two runs in one folder at a time.
 """
 
 import hashlib
@@ -71,7 +72,7 @@ def fingerprint(items):
 
 
 def fingerprint_of_code():
-    """SHA-256 of the project's own sources: what was made by other code is not used again."""
+    """SHA-256 of SOURCES, whose code makes what is kept: what was made by other code is not used again."""
     folder = Path(__file__).resolve().parent
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()
 
@@ -102,7 +103,7 @@ class Store:
     """The kept files of one folder. common: what all of them depend on.
 
     With several processes one `writes`, and in_all(flag) tells whether the flag is set in every one of them. before_change() is
-    called before a file is made or replaced.
+    called before a finished file is written.
     """
 
     def __init__(self, folder, common, writes=True, in_all=bool, before_change=lambda: None):

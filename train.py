@@ -16,7 +16,7 @@ same order and for the same number of steps, each of --methods:
     bc    behaviour cloning: likelihood of two answers sampled from the teacher for each pair's prompt
     kd    KL(teacher || student) over the vocabulary, on the tokens of the chosen and the rejected response
     dpo   the labels alone; the reference is the student after supervised fine-tuning
-    tvkd  the labels and psi, computed once from the teacher and kept
+    tvkd  the labels and psi, from the teacher's values, which are computed once and kept
 Left out: float16 with loss scaling, models too large for one device.
 """
 
@@ -158,7 +158,9 @@ def summed(loss, rows, device):
 def supervised(rows, device):
     """loss_of for SFT and behaviour cloning; rows[i] is a list of Rows of ids, so that an index may stand for several."""
     def loss_of(model, ids):
-        return summed(lambda tokens, mask: nll_loss(score(model, tokens, mask), mask), [row for i in ids for row in rows[i]], device)
+        def loss(tokens, mask):
+            return nll_loss(score(model, tokens, mask), mask)
+        return summed(loss, [row for i in ids for row in rows[i]], device)
     return loss_of
 
 
@@ -275,8 +277,11 @@ def new_model(who, setup):
 
 
 def pretrained(who, setup):
-    """The GPT of a checkpoint of nanoGPT, or of a kept file. Its context is cut to block_size; the rows that nanoGPT adds to round its vocabulary up to
-    a multiple of 64 go, so that no probability is left on ids that no text has."""
+    """The GPT of a checkpoint of nanoGPT, or of a kept file.
+
+    Its context is cut to block_size; the rows that nanoGPT adds to round its vocabulary up to a multiple of 64 go, so that no
+    probability is left on ids that no text has.
+    """
     option, path = f"--{who}_init", getattr(setup.config, f"{who}_init")
     n_vocab, block_size = setup.tokenizer.n_vocab, setup.config.block_size
     try:
@@ -285,8 +290,9 @@ def pretrained(who, setup):
         sizes = content["model_args"] if "model_args" in content else content["config"]         # nanoGPT's, or a kept file's
         sizes = {name: sizes[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")}
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
-        if sizes["vocab_size"] not in (n_vocab, 64 * math.ceil(n_vocab / 64)):
-            raise UserError(f"{option}: expected a vocabulary of the tokenizer's {n_vocab} ids (or {64 * math.ceil(n_vocab / 64)}), got {sizes['vocab_size']} in {path}")
+        rounded, vocab_size = 64 * math.ceil(n_vocab / 64), sizes["vocab_size"]
+        if vocab_size not in (n_vocab, rounded):
+            raise UserError(f"{option}: expected a vocabulary of the tokenizer's {n_vocab} ids (or {rounded}), got {vocab_size} in {path}")
         head, embedding = (state.get(f"{name}.weight") for name in ("lm_head", "transformer.wte"))
         if head is not None and embedding is not None and not torch.equal(head, embedding):
             raise UserError(f"{option}: expected an output head tied to the token embedding, got two tensors in {path}")
@@ -456,8 +462,8 @@ def measured(rows, models, origins, setup, store):
             found, each = table_row(row, models[name], origins[who], beta, setup)
             return {"row": found, "reward": each.get("reward")}
         own = read_by(name, setup)
-        made_from = {"held-out pairs": fingerprint(own.ids.test), "their texts": fingerprint(own.texts.test), "tokenizer": vocabulary(own.tokenizer),
-                     **store.sums(file_of(name), f"{who}-sft.pt")}
+        made_from = {"held-out pairs": fingerprint(own.ids.test), "their texts": fingerprint(own.texts.test),
+                     "tokenizer": vocabulary(own.tokenizer), **store.sums(file_of(name), f"{who}-sft.pt")}
         content, _ = store.keep(file_of(name, ".row.pt"), own, made_from, make, in_all=bool)
         rows[i], rewards[name] = content["row"], content["reward"]
     if rewards.get("dpo") is None:

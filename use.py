@@ -76,7 +76,8 @@ def score_pairs(texts, config, setup, models, origins):
         margins = cached_margins(model, *origins[name], pairs, setup)
         for (line, _, _), margin in zip(fits, margins.tolist()):
             line["margins"][name] = margin
-        print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, accuracy {is_correct(margins).mean().item():.3f}, n = {len(pairs)}")
+        print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, accuracy {is_correct(margins).mean().item():.3f}, "
+              f"n = {len(pairs)}")
     path = Path(config.out) / "scores.jsonl"
     write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     print(f"margins in {path}")

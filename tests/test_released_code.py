@@ -72,7 +72,8 @@ def test_the_next_value_alone_is_not_a_potential_difference():
 def test_an_entropy_of_the_student_does_not_read_the_teachers_probabilities():
     """The entropy of the student's distribution over the teacher's stored ids and one bin for the rest: the teacher decides which
     ids, its probabilities nowhere enter, and the gradient goes to the student; the soft value is the other way round. Student
-    (1/2, 1/4, 1/8, 1/8), stored ids 0 and 1: bins (1/2, 1/4, 1/4), entropy 1/2 ln 2 + 2/4 ln 4 = 1.5 ln 2. Stored ids 2 and 3: bins (1/8, 1/8, 3/4), another number."""
+    (1/2, 1/4, 1/8, 1/8), stored ids 0 and 1: bins (1/2, 1/4, 1/4), entropy 1/2 ln 2 + 2/4 ln 4 = 1.5 ln 2. Stored ids 2 and
+    3: bins (1/8, 1/8, 3/4), another number."""
     def entropy(logits, ids):
         kept = logits.softmax(-1)[ids]
         bins = torch.cat([kept, 1 - kept.sum(-1, keepdim=True)])

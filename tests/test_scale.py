@@ -42,7 +42,7 @@ def test_sums_by_hand():
 
 
 def test_micro_batches_give_the_gradient_of_the_batch():
-    """Rows of 3 to 30 tokens, so that the shares are unequal: SFT, KD and TVKD, 5 pairs at once or 1, 2, 3 at a time."""
+    """Responses of 1 to 30 tokens, so that the shares are unequal: SFT, KD and TVKD, 5 pairs at once or 1, 2, 3 at a time."""
     torch.manual_seed(0)
     student, teacher = (GPT(GPTConfig(50, 40, 1, 2, 8)) for _ in range(2))
     lengths = [3, 30, 7, 1, 12]
@@ -184,7 +184,8 @@ def test_precision_reaches_the_model(tmp_path):
 
 
 def test_compile_is_off_unless_asked_for(tmp_path, monkeypatch):
-    """--compile=1 compiles the model of each of the 4 stages, and only trains through it: the same rows. --compile=0 does not."""
+    """--compile=1 (torch.compile replaced by the identity) compiles the model of each of the 4 stages: the same rows. --compile=0
+    does not."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     rows, _ = run(tmp_path / "off", *FAST[len(SMALL):], "--methods=dpo")
@@ -226,7 +227,8 @@ def test_start_from_a_nanogpt_checkpoint(checkpoint, tmp_path):
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path, capsys):
-    """By the option's name: another vocabulary, a shorter context, no checkpoint, a missing file, a pickle that would run code."""
+    """By the option's name: another vocabulary, a shorter context, an untied head, no checkpoint, a missing file, a pickle that
+    would run code."""
     path, model, sizes = checkpoint
     given = [arg for arg in FAST if not arg.startswith(SIZES)]
 

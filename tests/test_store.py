@@ -78,7 +78,7 @@ def copy_of(out, tmp_path):
 # --- killed, stopped --------------------------------------------------------------------------------------------------------
 
 def test_killed_at_random_moments(whole, tmp_path):
-    """kill -9 after a random time, ten times and more; then the same command ends as the run that was never killed."""
+    """kill -9 after a random time, ten times; then the same command ends as the run that was never killed."""
     out, rng, kills, stages = tmp_path / "out", random.Random(0), 0, set()
     while kills < 10:
         pid = child(out)
@@ -241,7 +241,7 @@ SAME = ("data", "out", "seeds", "device", "ask", "score", "tokenizer", "compile"
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [f.name for f in fields(Config) if f.name not in SAME])
 def test_no_option_leaves_anything_stale(whole, tmp_path, name):
-    """Each option changed, in the folder of the run without it: the rows of a run in an empty folder."""
+    """Each option but SAME changed, in the folder of the run without it: the rows of a run in an empty folder."""
     small = next((arg.split("=")[1] for arg in reversed(TINY) if arg.startswith(f"--{name}=")), getattr(Config, name))
     other = CHANGES.get(name) or (float(small) * 2 if "." in str(small) else int(small) + 1)
     methods = ("--methods=bc,dpo,tvkd",) if name == "teacher_tokenizer" else ()
@@ -252,8 +252,8 @@ def test_no_option_leaves_anything_stale(whole, tmp_path, name):
 
 
 def test_other_code_is_not_mixed(whole, tmp_path, capsys, monkeypatch):
-    """What another tvkd.py made is made anew: a reader who edits an equation sees what it does. Every module that a run imports
-    counts."""
+    """What another tvkd.py made is made anew: a reader who edits an equation sees what it does. Every module
+    that makes what is kept counts."""
     assert set(store.SOURCES) == {f"{name}.py" for name in (
         "data", "measure", "model", "options", "report", "store", "train", "tvkd")}
     shutil.copytree(ROOT, tmp_path / "code", ignore=lambda folder, names: [name for name in names if not name.endswith(".py")])
