@@ -15,7 +15,6 @@ import argparse
 import copy
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -192,7 +191,7 @@ def soft_preference(pairs, ref_logps, beta, probability):
     """loss_of for DPO with soft labels: -p log sigmoid(margin) - (1 - p) log sigmoid(-margin), p (pairs,) that chosen wins."""
     def loss_of(model, ids):
         both = both_responses([pairs[i] for i in ids])                                       # 2B rows
-        logps = response_logps(model, both, math.ceil(len(both) / train.PARTS), torch.device("cpu"))
+        logps = response_logps(model, both, train.part_size(both), torch.device("cpu"))
         (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), ref_logps[:, ids]         # (B,) each
         p = probability[ids]
         losses = (p * dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)

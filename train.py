@@ -56,6 +56,11 @@ from use import show_answers, use_run
 PARTS = 6       # the rows of a batch go through the model in so many parts, by length: less padding, the same loss
 
 
+def part_size(rows):
+    """Rows in a part."""
+    return math.ceil(len(rows) / PARTS)
+
+
 def processes():
     """(rank, number of processes): (0, 1) but for torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -151,7 +156,7 @@ def fit(stage, model, loss_of, n, steps, lr, config, seed, log_file, validate=No
 
 def summed(loss, rows, device):
     """loss(tokens, mask), a mean over response tokens, of all rows in parts -> what a loss_of gives."""
-    found = [(loss(tokens, mask), mask.sum()) for _, tokens, mask in batches(rows, math.ceil(len(rows) / PARTS), device)]
+    found = [(loss(tokens, mask), mask.sum()) for _, tokens, mask in batches(rows, part_size(rows), device)]
     return {"loss": sum(mean * n for mean, n in found), "n": sum(n for _, n in found), "tokens": tokens_in(rows)}
 
 
@@ -182,7 +187,7 @@ def preference(pairs, ref_logps, beta, device, psi=None, alpha=0.0):
     """loss_of for DPO, and for TVKD where psi is given. ref_logps and psi (summed): (2, len(pairs)), chosen then rejected."""
     def loss_of(model, ids):
         both = both_responses([pairs[i] for i in ids])                                             # 2B rows
-        logps = response_logps(model, both, math.ceil(len(both) / PARTS), device)                  # (2B,)
+        logps = response_logps(model, both, part_size(both), device)                               # (2B,)
         four = (*logps.chunk(2), *ref_logps[:, ids])                                               # four of (B,)
         losses = dpo_loss(*four, beta) if psi is None else tvkd_loss(*four, *psi[:, ids], beta, alpha)
         margins = reward_margins(*four, beta)

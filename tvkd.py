@@ -41,7 +41,10 @@ def _at_least_float32(logits):
 # Log-probabilities.   log pi(y|x) = sum_t log pi(a_t|s_t)
 
 def action_logps(logits, actions):
-    """log pi(a|s) of one action in each state: logits of any shape (..., V), actions (...) ids -> (...) nats."""
+    """log pi(a|s) = logits[a] - logsumexp(logits) of one action in each state.
+
+    logits of any shape (..., V), here of the states that count alone (n, V); actions (...) ids -> (...) nats.
+    """
     _expect_shape(logits.shape[:-1], actions=actions)
     logits = _at_least_float32(logits)
     return logits.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)

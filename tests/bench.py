@@ -110,7 +110,7 @@ def of_a_step(student, pairs, repeats):
 
     def uncached(model, ids):
         with torch.no_grad():
-            logps = response_logps(ref, rows, math.ceil(len(rows) / train.PARTS), CPU)
+            logps = response_logps(ref, rows, train.part_size(rows), CPU)
         return train.preference(pairs, logps.view(2, -1), 1.0, CPU)(model, ids)
 
     def plain_lm(model, ids):

@@ -100,9 +100,28 @@ def test_the_start_is_checked_within_a_micro_batch(tmp_path, monkeypatch):
 
 # --- processes --------------------------------------------------------------------------------------------------------------
 
-def torchrun(out, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *FAST,
-               f"--out={out}", *options]
+# train.py, which notes in a file of each process what that one evaluates and writes.
+WITNESS = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import measure, store, train
+
+def noted(module, name):
+    function = getattr(module, name)
+    def noting(*args, **kwargs):
+        with open(__file__ + os.environ["RANK"], "a", encoding="utf-8") as file:
+            print(name, file=file)
+        return function(*args, **kwargs)
+    setattr(module, name, noting)
+for module, name in ((measure, "evaluate"), (train, "evaluate"), (store, "write"), (train, "write"), (train, "write_report")):
+    noted(module, name)
+sys.exit(train.main())
+"""
+
+
+def torchrun(out, *options, script=ROOT / "train.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *FAST, f"--out={out}",
+               *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -110,10 +129,12 @@ def torchrun(out, *options):
 def test_two_processes_give_the_same_losses(tmp_path):
     """9 student pairs in batches of 8 and 1, so that a process is left without one, in micro-batches of 3: every loss of every
     stage within 1e-5 of one process without (3e-5 with psi, which adds what two trainings of the teacher differ by). One of the two
-    prints and writes."""
+    prints, evaluates and writes."""
+    script = tmp_path / "witness"
+    script.write_text(WITNESS, encoding="utf-8")
     options = ("--student_pairs=9", "--methods=kd,dpo,tvkd")
     rows, log = run(tmp_path / "one", *FAST[len(SMALL):], *options)
-    process = torchrun(tmp_path / "two", *options, "--micro_batch=3")
+    process = torchrun(tmp_path / "two", *options, "--micro_batch=3", script=script)
     shown, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     lines = (tmp_path / "two" / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -122,6 +143,8 @@ def test_two_processes_give_the_same_losses(tmp_path):
         assert (line["stage"], line["step"]) == (expected["stage"], expected["step"])
         assert line["loss"] == pytest.approx(expected["loss"], abs=3e-5 if "tvkd" in line["stage"] else 1e-5), line["stage"]
     found = json.loads((tmp_path / "two" / "results.json").read_text(encoding="utf-8"))["rows"]
+    noted = (tmp_path / "witness0").read_text(encoding="utf-8").split()
+    assert set(noted) == {"evaluate", "write", "write_report"} and not (tmp_path / "witness1").exists()
     assert [row["pref_margin"] for row in found] == pytest.approx([row["pref_margin"] for row in rows.values()], abs=1e-3)
 
 
