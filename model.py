@@ -1,12 +1,13 @@
-"""A nanoGPT-style transformer: one class serves as teacher, student and reference.
+"""A nanoGPT-style transformer, and what the method reads off it: log-probs, values, psi.
 
-After Karpathy's nanoGPT (github.com/karpathy/nanoGPT, model.py) and GPT-2 (Radford et al. 2019): pre-LayerNorm blocks, learned
-positions, GELU, output head tied to the token embedding. Parameter names are nanoGPT's, so the `model` entry of one of its
-checkpoints loads (see `load_weights`). Unlike nanoGPT, forward returns the logits of every position asked for and no loss, and
-`generate` takes a batch of prompts of unequal length and keeps keys and values. Left out: losses, optimiser, HuggingFace
-import.
+One class serves as teacher, student and reference. It follows Karpathy's nanoGPT
+(github.com/karpathy/nanoGPT, model.py) and GPT-2 (Radford et al. 2019): pre-LayerNorm blocks,
+learned positions, GELU, an output head tied to the token embedding. Parameters have nanoGPT's
+names. Unlike nanoGPT, `forward` returns logits and no loss, and `generate` takes prompts of unequal
+length and caches keys and values. Left out: losses, optimiser, checkpoint formats.
 
-B rows, T positions, C = n_embd channels, H heads of D = C / H channels, S = block_size.
+B rows, T positions, C = n_embd channels, H heads of D = C / H channels, S = block_size, V tokens in
+the vocabulary. In the second half a row of a batch is `tokens` with T+1 ids, as in tvkd.py.
 """
 
 import copy
@@ -17,6 +18,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from data import Example, collate
+from tvkd import action_logps, implicit_value, sequence_logps, shaping, soft_value
 
 
 @dataclass
@@ -26,20 +31,24 @@ class GPTConfig:
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 48
-    dropout: float = 0.0        # keep 0 for preference training: policy and reference must be scored alike
+    dropout: float = 0.0        # keep 0 here: policy and reference must be scored alike
     bias: bool = True           # in Linears and LayerNorms, as in GPT-2
-    bfloat16: bool = False      # matrix products of the blocks in bfloat16; weights, residual, head and logits stay float32
+    bfloat16: bool = False      # matrix products of the blocks; weights and head stay float32
+    gelu: str = "exact"         # or "tanh", the approximation that GPT-2 was trained with
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd: expected a multiple of n_head={self.n_head}, got {self.n_embd}")
+            raise ValueError(f"n_embd: expected a multiple of n_head={self.n_head}, "
+                             f"got {self.n_embd}")
+        if self.gelu not in ("exact", "tanh"):
+            raise ValueError(f'gelu: expected "exact" or "tanh", got {self.gelu!r}')
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias; a class of its own only to give the parameters nanoGPT's names."""
+    """LayerNorm with an optional bias; a class only to give the parameters nanoGPT's names."""
 
     def __init__(self, size, bias):
         super().__init__()
@@ -61,18 +70,20 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, positions=None, cache=None):
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-                   for part in self.c_attn(x).split(C, dim=2))              # each (B, H, T, D)
+                   for part in self.c_attn(x).split(C, dim=2))          # each (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
-            keys, values = cache                                            # each (B, H, S, D)
-            rows = torch.arange(B, device=x.device).unsqueeze(1)            # (B, 1) against positions (B, T)
-            keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)     # (B, T, H, D) written where each row stands
+            keys, values = cache                                        # each (B, H, S, D)
+            rows = torch.arange(B, device=x.device).unsqueeze(1)        # (B, 1), positions (B, T)
+            keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)         # (B, T, H, D)
             values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
-            seen = torch.arange(keys.shape[2], device=x.device) <= positions.unsqueeze(-1)      # (B, T, S)
-            y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=seen.unsqueeze(1))
-        y = y.transpose(1, 2).reshape(B, T, C)                              # heads side by side
+            columns = torch.arange(keys.shape[2], device=x.device)
+            visible = columns <= positions.unsqueeze(-1)                # (B, T, S)
+            y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values,
+                                               attn_mask=visible.unsqueeze(1))
+        y = y.transpose(1, 2).reshape(B, T, C)                          # heads side by side
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -82,9 +93,10 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.approximate = {"exact": "none", "tanh": "tanh"}[config.gelu]
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
 
 
 class Block(nn.Module):
@@ -112,11 +124,11 @@ class GPT(nn.Module):
             ln_f=LayerNorm(config.n_embd, config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight                   # tied: one tensor, two names
-        # GPT-2's std of 0.02 suits its width of 768; at a width of 48 it leaves attention flat for hundreds of steps.
+        self.lm_head.weight = self.transformer.wte.weight           # tied: one tensor, two names
+        # GPT-2's 0.02 suits a width of 768; at 48 it leaves attention flat for hundreds of steps.
         std = config.n_embd ** -0.5
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):                              # as in GPT-2: so that layers do not add up
+            if name.endswith("c_proj.weight"):              # as in GPT-2: layers must not add up
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=std)
@@ -126,74 +138,80 @@ class GPT(nn.Module):
     def forward(self, tokens, states=None, positions=None, caches=None):
         """tokens (B, T) ids -> (B, T, V) logits; logits[:, t] predicts tokens[:, t+1].
 
-        states (B, T) bool: only these go through the output head -> (n, V), row by row; at a large vocabulary the head is
-        most of the memory. Rows are padded on the RIGHT: attention is causal, so padding cannot reach the tokens before it.
-        positions (B, T) and caches are for `generate`; without them position t is column t. Raises ValueError for T >
-        block_size.
+        states (B, T) bool: only these states go through the output head -> (n, V), row by row. At a
+        large vocabulary the head takes most of the memory. Rows are padded on the RIGHT: attention
+        is causal, so padding cannot reach the tokens before it. positions (B, T) and caches are for
+        `generate`; without them position t is column t. Raises ValueError for T > block_size.
         """
         T = tokens.shape[1]
         if T > self.config.block_size:
-            raise ValueError(f"tokens: expected at most block_size={self.config.block_size} columns, got {T}")
+            raise ValueError(f"tokens: expected at most block_size={self.config.block_size} "
+                             f"columns, got {T}")
         if positions is None:
             positions = torch.arange(T, device=tokens.device)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.config.bfloat16):
-            x = self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe(positions))  # (B, T, C)
+            embedded = self.transformer.wte(tokens) + self.transformer.wpe(positions)
+            x = self.transformer.drop(embedded)                         # (B, T, C)
             for layer, block in enumerate(self.transformer.h):
                 x = block(x, positions, caches[layer] if caches else None)
-        x = x if states is None else x[states]                              # (n, C)
-        return self.lm_head(self.transformer.ln_f(x))                       # (B, T, V) or (n, V), float32
+        x = x if states is None else x[states]                          # (n, C)
+        return self.lm_head(self.transformer.ln_f(x))                   # (B, T, V) or (n, V)
 
     def load_weights(self, state_dict):
-        """Load a state dict with nanoGPT's names, such as checkpoint["model"]. Raises RuntimeError naming what does not fit.
+        """Load a state dict with nanoGPT's names. Raises RuntimeError naming what does not fit.
 
-        A torch.compile prefix is dropped, and so are the causal masks that nanoGPT keeps on torch < 2.
+        A torch.compile prefix is dropped, and so are nanoGPT's causal masks.
         """
-        self.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in state_dict.items()
+        self.load_state_dict({name.removeprefix("_orig_mod."): tensor
+                              for name, tensor in state_dict.items()
                               if not name.endswith(".attn.bias")})
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, eos, temperature=1.0, generator=None):
         """Sample one response to each prompt.
 
-        prompts: list of non-empty lists of ids, of any lengths; eos: the id that ends a response; temperature 0 takes the most
-        likely token; generator: a torch.Generator on the model's device. Returns a list of lists of ids, each up to and
-        without EOS. A response that has not ended stops at max_new_tokens or where the context is full. Raises ValueError for
-        an empty prompt and for one that leaves no room in the context.
+        prompts: list of non-empty lists of ids, of any lengths; eos: the id that ends a response;
+        temperature 0 takes the most likely token; generator: a torch.Generator on the model's
+        device. Returns a list of lists of ids, each up to and without EOS. A response that has not
+        ended stops at max_new_tokens or where the context is full. Raises ValueError for an empty
+        prompt and for one that leaves no room in the context.
         """
         S, device = self.config.block_size, self.lm_head.weight.device
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < S:
-                raise ValueError(f"prompts[{i}]: expected 1 to {S - 1} tokens (block_size={S}), got {len(prompt)}")
+                raise ValueError(f"prompts[{i}]: expected 1 to {S - 1} tokens (block_size={S}), "
+                                 f"got {len(prompt)}")
         B, config = len(prompts), self.config
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        tokens = torch.zeros(B, int(lengths.max()), dtype=torch.long, device=device)
-        for row, prompt in zip(tokens, prompts):
-            row[:len(prompt)] = torch.tensor(prompt)
+        tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], True).to(device)
         columns = min(S, tokens.shape[1] + max_new_tokens)
         shape = (B, config.n_head, columns, config.n_embd // config.n_head)
         empty = torch.zeros(shape, device=device, dtype=self.lm_head.weight.dtype)
-        caches = [(empty.clone(), empty.clone()) for _ in self.transformer.h]               # keys and values of each layer
-        # Each row's next token goes right behind its own prompt, over the keys and values of its padding; a query sees the
-        # columns up to its own position, so padding that is not yet overwritten is never seen.
-        positions = torch.arange(tokens.shape[1], device=device).expand(B, -1)             # (B, longest prompt)
-        last = positions == lengths.unsqueeze(1) - 1                                        # the state to act in, one a row
-        responses, running = [[] for _ in prompts], torch.ones(B, dtype=torch.bool, device=device)
+        caches = [(empty.clone(), empty.clone()) for _ in self.transformer.h]   # keys, values
+        # Each row's next token goes right behind its own prompt, over the keys and values of its
+        # padding. A query sees the columns up to its own position, so it never sees padding.
+        positions = torch.arange(tokens.shape[1], device=device).expand(B, -1)  # (B, longest)
+        last = positions == lengths.unsqueeze(1) - 1            # the state to act in, one a row
+        responses = [[] for _ in prompts]
+        running = torch.ones(B, dtype=torch.bool, device=device)
         with evaluating(self):
             for step in range(max_new_tokens):
-                logits = self(tokens, last, positions, caches).float()                      # (B, V)
+                logits = self(tokens, last, positions, caches).float()          # (B, V)
                 if temperature == 0:
                     drawn = logits.argmax(-1)
                 else:
-                    drawn = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator).squeeze(1)
+                    probabilities = F.softmax(logits / temperature, -1)
+                    drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
                 running &= drawn != eos
                 for response, token, keep in zip(responses, drawn.tolist(), running.tolist()):
                     if keep:
                         response.append(token)
-                positions = (lengths + step).clamp(max=columns - 1).unsqueeze(1)            # (B, 1)
-                running &= lengths + step < S - 1                                           # after this one the row is full
+                positions = (lengths + step).clamp(max=columns - 1).unsqueeze(1)        # (B, 1)
+                running &= lengths + step < S - 1               # after this one the row is full
                 if not running.any():
                     break
-                tokens, last = drawn.unsqueeze(1), torch.ones(B, 1, dtype=torch.bool, device=device)
+                tokens = drawn.unsqueeze(1)                     # (B, 1)
+                last = torch.ones(B, 1, dtype=torch.bool, device=device)
         return responses
 
 
@@ -208,13 +226,107 @@ def evaluating(model):
         model.train(training)
 
 
+def frozen(model):
+    """A copy that nothing trains: a policy's steps must not move its own reference."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
 def from_content(content):
-    """{"config": fields of GPTConfig, "model": state dict} -> GPT."""
+    """{"config": fields of GPTConfig, "model": state dict}, as a run keeps it -> GPT."""
     model = GPT(GPTConfig(**content["config"]))
     model.load_weights(content["model"])
     return model
 
 
-def frozen(model):
-    """A copy that nothing trains: another object, so that the policy's steps cannot move its own reference."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+def device_of(model):
+    return next(model.parameters()).device
+
+
+# --------------------------------------------------------------------------------------------------
+# Log-probs, values and psi of many rows. One function, `score`, serves policy, reference and
+# teacher: two code paths would differ at step 0, where DPO's loss must be ln 2.
+
+def both_responses(pairs):
+    """Pairs -> 2N Examples: all chosen responses, then all rejected ones."""
+    return ([Example(pair.prompt, pair.chosen) for pair in pairs]
+            + [Example(pair.prompt, pair.rejected) for pair in pairs])
+
+
+def batches(rows, batch_size, device):
+    """Examples of ids -> (their indices, tokens, mask), rows of like length together.
+
+    Every row comes once. Sorting by length leaves less padding.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].response))
+    for start in range(0, len(rows), batch_size):
+        ids = order[start:start + batch_size]
+        tokens, mask = collate([rows[i] for i in ids])
+        yield ids, tokens.to(device), mask.to(device)
+
+
+def score(model, tokens, mask):
+    """Log-probs of the response tokens: tokens (B, T+1), mask (B, T) -> (B, T) nats, 0 elsewhere.
+
+    Only response states meet the output head; prompts would cost as much and are never scored.
+    """
+    logits = model(tokens, F.pad(mask, (0, 1)))             # (n, V); nobody acts in the last state
+    logps = action_logps(logits, tokens[:, 1:][mask])       # (n,)
+    return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
+
+
+def response_logps(model, rows, batch_size):
+    """log pi(y|x) of every row, in the rows' order: (len(rows),) nats."""
+    order, logps = [], []
+    for ids, tokens, mask in batches(rows, batch_size, device_of(model)):
+        order += ids
+        logps.append(sequence_logps(score(model, tokens, mask), mask))
+    logps = torch.cat(logps)
+    return logps[torch.tensor(order, device=logps.device).argsort()]
+
+
+@torch.no_grad()
+def cached_logps(model, rows, batch_size):
+    """What `response_logps` gives, computed once and looked up by index in every step."""
+    with evaluating(model):
+        return response_logps(model, rows, batch_size)
+
+
+@torch.no_grad()
+def cached_values(kind, teacher, teacher_ref, rows, beta, batch_size):
+    """The teacher's value of every state of every row, one float a token: a list of (tokens,).
+
+    kind: "implicit" or "logits" (tvkd.implicit_value, tvkd.soft_value); beta: the teacher's.
+    """
+    values = [None] * len(rows)
+    for ids, tokens, mask in batches(rows, batch_size, device_of(teacher)):
+        if kind == "logits":
+            states = F.pad(mask, (0, 1)) | F.pad(mask, (1, 0))              # (B, T+1) s_p to s_end
+            soft = soft_value(teacher(tokens, states), beta)                # (n,)
+            batch = soft.new_zeros(states.shape).masked_scatter(states, soft)       # (B, T+1)
+        else:
+            batch = implicit_value(score(teacher, tokens, mask), score(teacher_ref, tokens, mask),
+                                   mask, beta)                              # (B, T+1)
+        for i, value in zip(ids, batch.cpu()):
+            values[i] = value[:len(rows[i].prompt) + len(rows[i].response)].clone()     # no padding
+    return values
+
+
+def cached_psi(values, rows, gamma, terminal):
+    """psi of every action: values, a list of (tokens,), -> (len(rows), T), 0 outside the response.
+
+    In float64 on the CPU: float32 sums would leave rounding errors where psi should cancel
+    (--terminal=zero).
+    """
+    _, mask = collate(rows)                                                 # (N, T)
+    padded = pad_sequence(values, batch_first=True).double()                # (N, T+1)
+    return shaping(padded, mask, gamma, terminal)
+
+
+def summed_psi(values, rows, gamma, terminal, at_once=1000):
+    """Sum of psi of each row: (len(rows),) float32. This is all that TVKD reads of the teacher.
+
+    at_once: rows padded to one width at a time, so that memory does not grow with the rows.
+    """
+    sums = [cached_psi(values[i:i + at_once], rows[i:i + at_once], gamma, terminal).sum(-1)
+            for i in range(0, len(rows), at_once)]
+    return torch.cat(sums).float()

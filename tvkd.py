@@ -1,25 +1,38 @@
-"""Teacher Value-based Knowledge Distillation (TVKD), each equation a pure function of tensors.
+"""Teacher Value-based Knowledge Distillation (TVKD): every equation is a pure function of tensors.
 
-Paper: Kwon, Ko, Kim, Kim, "Preference Distillation via Value based Reinforcement Learning", NeurIPS 2025, arXiv 2509.16965.
-Also:  DPO, Rafailov et al. 2023, arXiv 2305.18290; language-model logits as Q-values ("From r to Q*"), Rafailov et al. 2024,
-       arXiv 2404.12358; potential-based shaping, Ng, Harada, Russell 1999; its terminal state, Grzes 2017 (AAMAS).
+The method is from Kwon, Ko, Kim, Kim, "Preference Distillation via Value based Reinforcement
+Learning", NeurIPS 2025, arXiv 2509.16965.
 
-In order: log-probabilities -> DPO -> the teacher's value function -> shaping -> the TVKD loss -> the baselines' losses.
-Left out: models, text, training loops. Each loss but the last two (token means) is per pair; the caller averages.
+    AS WE READ THE ABSTRACT AND INTRODUCTION. We know nothing else of the paper but its released
+    code, whose branches disagree about the sign of psi (docs/released-code.md). So the loss, its
+    sign, the form of the value, the terminal state and gamma = 1 are our reading throughout.
 
-Deviations from the paper (why: README, "What holds, and what does not")
-1. The teacher's value has a second form, `implicit_value`, which its logits' free constant c(s) cannot move. It is the default.
-2. The terminal potential is an explicit argument of `shaping`. Only "zero", with gamma = 1, preserves the optimal policy; it
-   also makes the TVKD loss equal DPO's. Whatever TVKD adds to DPO comes from the other two.
+DPO                          Rafailov et al. 2023, arXiv 2305.18290
+logits as Q-values           "From r to Q*", Rafailov et al. 2024, arXiv 2404.12358
+potential-based shaping      Ng, Harada, Russell 1999; its terminal state: Grzes 2017 (AAMAS)
+margin offset                Amini, Vieira, Cotterell 2024 (ODPO), arXiv 2402.10571
 
-Symbols. B rows; V tokens in the vocabulary; a row `tokens` has T+1 ids: prompt, response, EOS, padding.
+Order: log-probabilities, DPO, the teacher's value, shaping, the TVKD loss, the baselines' losses.
+There is nothing here about models, text or training loops. The derivations are in docs/theory.md.
+A loss is one number per pair and the caller averages; the last two losses are means over tokens.
+
+Two choices are left to the caller, because they decide what TVKD does.
+1. The value: `soft_value` reads raw logits, but training never fixes their constant c(s) per state.
+   `implicit_value` does not depend on c(s). It is ours, and the default.
+2. The potential of the finished answer: `terminal` in `shaping`. With "zero" and gamma = 1 TVKD is
+   DPO, loss and gradient. All that TVKD adds to DPO comes from the other two.
+
+Symbols. B rows, V tokens in the vocabulary. A row of `tokens` has T+1 ids: prompt, response, EOS,
+padding.
     state  s_t = tokens[: t+1]     T+1 of them: logits[:, t] and values[:, t] belong to s_t
     action a_t = tokens[t+1]       T of them:   logps[:, t], psi[:, t] and mask[:, t] belong to a_t
-    mask[:, t] is True (or 1) where a_t is a response token, EOS included. s_p is the last prompt state, in which the first
-    response action is taken; s_end is the state after EOS. w is the chosen response, l the rejected one.
-Log-probs and losses are in nats, values, potentials, psi and rewards in beta * nats. Logits in half precision are raised to
-float32, float64 stays. Every function raises ValueError, saying what was expected and what came, where the shapes of two
-arguments do not match.
+`mask` is True (or 1) where a_t is a response token, EOS included. The first response action is
+taken in s_p, the last state of the prompt. s_end is the state after EOS. w is the chosen response,
+l the rejected one; phi marks the teacher; "log-ratio" is log pi(y|x) - log pi_ref(y|x).
+Log-probs and losses are in nats; values, potentials, psi and rewards in beta * nats.
+
+Half-precision logits are raised to float32, float64 stays. If the shapes of two arguments do not
+match, a function raises ValueError with the expected shape and the one it got.
 """
 
 import torch
@@ -33,170 +46,197 @@ def _expect_shape(shape, **tensors):
 
 
 def _at_least_float32(logits):
-    """Half-precision logits as float32; float32 and float64 as they are. A bfloat16 sum near -300 is off by up to 1 nat."""
+    # A bfloat16 sum of log-probs near -300 is off by up to 1 nat.
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Log-probabilities.   log pi(y|x) = sum_t log pi(a_t|s_t)
 
 def action_logps(logits, actions):
-    """log pi(a|s) = logits[a] - logsumexp(logits) of one action in each state.
+    """log pi(a|s) = logits[a] - logsumexp(logits), for one action in each state.
 
-    logits of any shape (..., V), here of the states that count alone (n, V); actions (...) ids -> (...) nats.
+    logits (..., V), actions (...) ids -> (...) nats. Training passes response states only: (n, V).
     """
     _expect_shape(logits.shape[:-1], actions=actions)
     logits = _at_least_float32(logits)
+    # Same as gathering from log_softmax, but no second tensor of the size of the logits.
     return logits.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
 def token_logps(logits, tokens):
-    """log pi(a_t|s_t) of every action.
+    """log pi(a_t|s_t) of every action: `action_logps` of whole rows, padding included.
 
     logits (B, T+1, V), tokens (B, T+1) ids -> (B, T) nats.
 
-    Example: tokens [7, 8, 9] give two numbers, log p(8 | 7) from logits[:, 0] and log p(9 | 7, 8) from logits[:, 1].
+    Example: tokens [7, 8, 9] give log p(8 | 7) from logits[:, 0] and log p(9 | 7, 8) from
+    logits[:, 1].
     """
     _expect_shape(logits.shape[:2], tokens=tokens)
-    actions = tokens[:, 1:]                                         # (B, T)    a_t = tokens[t+1]
-    logits = logits[:, :-1]                                         # (B, T, V) the last state is never acted in
-    # Trap: a padding state whose logits are all -inf has no distribution; masking its log-prob later would still send NaN
-    # (0 * inf) back through logsumexp, so it is made uniform here.
-    logits = logits.masked_fill(logits.amax(-1, keepdim=True).isneginf(), 0.0)
-    return action_logps(logits, actions)                            # (B, T)
+    states = logits[:, :-1]                             # (B, T, V)  no action in the last state
+    # Trap: padding may have logits of -inf only. Masking the log-prob later is too late: 0 * inf
+    # would send NaN back through logsumexp. Whoever selects the response states never meets this.
+    states = states.masked_fill(states.amax(-1, keepdim=True).isneginf(), 0.0)
+    return action_logps(states, tokens[:, 1:])          # (B, T)     a_t = tokens[t+1]
 
 
 def sequence_logps(logps, mask):
-    """log pi(y|x): the SUM over response tokens (a mean would be another loss, with another beta).
+    """log pi(y|x): the SUM over response tokens. A mean would be another loss with another beta.
 
-    logps (B, T) nats, mask (B, T) -> (B,) nats. What stands outside the mask, inf and NaN included, has no effect.
+    logps (B, T) nats, mask (B, T) -> (B,) nats. Outside the mask anything may stand, NaN too.
     """
     _expect_shape(logps.shape, mask=mask)
-    return torch.where(mask.bool(), logps, 0.0).sum(-1)
+    return torch.where(mask.bool(), logps, 0.0).sum(-1)     # where, not *: 0 * NaN is NaN
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# DPO.   L = -log sigmoid( beta [ log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l) ] )              arXiv 2305.18290, eq. 7
+# --------------------------------------------------------------------------------------------------
+# DPO.   L = -log sigmoid( beta [ log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l) ] )
+#                                                                     arXiv 2305.18290, equation 7
 
 def _reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """beta times the difference of the log-ratios: how much more implicit reward the policy gives the chosen response."""
-    _expect_shape(policy_chosen.shape, policy_rejected=policy_rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    """How much more implicit reward the policy gives the chosen response: beta * log-ratios."""
+    _expect_shape(policy_chosen.shape, policy_rejected=policy_rejected, ref_chosen=ref_chosen,
+                  ref_rejected=ref_rejected)
     chosen_logratio = policy_chosen - ref_chosen.detach()           # log pi(y_w|x) / pi_ref(y_w|x)
     rejected_logratio = policy_rejected - ref_rejected.detach()     # log pi(y_l|x) / pi_ref(y_l|x)
     return beta * (chosen_logratio - rejected_logratio)
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """The DPO loss of each pair. Four sequence log-probs (B,) in nats -> (B,) nats.
+    """The DPO loss of each pair, from sequence log-probs (B,) in nats -> (B,) nats.
 
-    A larger beta keeps the policy closer to the reference. No gradient reaches the reference. At policy = reference the loss
-    is ln 2.
+    A larger beta keeps the policy closer to the reference. No gradient reaches the reference.
+    At policy = reference the loss is ln 2 and the gradient is not zero.
     """
-    return -F.logsigmoid(_reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta))
+    margin = _reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
+    return -F.logsigmoid(margin)                        # log(sigmoid(-900)) would be -inf
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# The teacher's value function, in two forms.
-
-# The paper's:   V_phi(s) = beta log sum_a exp(Q_phi(s,a)/beta) = beta logsumexp(logits),   since logits = Q/beta    2404.12358
+# --------------------------------------------------------------------------------------------------
+# The teacher's value, in two forms.
+#
+# From logits:   V_phi(s) = beta log sum_a exp(Q_phi(s,a)/beta) = beta logsumexp(logits_phi(s))
+#                if logits = Q/beta, with beta log pi_ref counted into Q            arXiv 2404.12358
 
 def soft_value(logits, beta):
-    """Soft value of every state from the teacher's RAW logits, of any shape (..., V), here (B, T+1, V) -> (B, T+1).
+    """Soft value of every state from the teacher's RAW logits (..., V) -> (...).
 
-    Trap: of log-probabilities it would be 0 everywhere, logsumexp(log_softmax(z)) = 0. Trap: a constant c(s) added to the
-    logits of a state leaves the policy as it is and moves this value by beta * c(s), and no likelihood pins c(s) down.
+    Trap: log-probabilities give 0 everywhere, since logsumexp(log_softmax(z)) = 0.
+    Trap: c(s) added to all logits of a state changes no probability, yet it moves this value by
+    beta * c(s), and no likelihood says what c(s) is.
     """
     return beta * _at_least_float32(logits).logsumexp(-1)
 
 
-# Ours:   V_phi(s_{p+k}) - V_phi(s_p) = sum_{i<k} beta log pi_phi(a_i|s_i) / pi_phi,ref(a_i|s_i),   i from the first response
-# action. The soft Bellman equation beta log pi*/pi_ref = r + V(s') - V(s), summed along a prefix on which r is still 0.
+# From log-ratios:   V_phi(s_{p+k}) - V_phi(s_p) = sum_{i<k} beta log pi_phi(a_i|s_i) /
+#                    pi_phi,ref(a_i|s_i), with i counted from the first response action.
+# This is the soft Bellman equation beta log pi*/pi_ref = r + V(s') - V(s), summed over a prefix in
+# which no reward has been paid yet. Ours.
 
 def implicit_value(teacher_logps, teacher_ref_logps, mask, beta):
-    """The teacher's value of every state, relative to the prompt: what its own log-ratios have added up to so far.
+    """The teacher's value of every state, relative to the prompt: its log-ratios, added up so far.
 
-    teacher_logps, teacher_ref_logps (B, T) nats of the DPO-trained teacher and of the SFT teacher it started from; mask (B, T);
-    beta the teacher's -> (B, T+1). 0 up to and including s_p, constant from s_end on, where it is the teacher's implicit reward
-    of the whole response.
+    teacher_logps, teacher_ref_logps (B, T) nats, of the DPO-trained teacher and of the model it
+    started from; mask (B, T); beta of the teacher's DPO -> (B, T+1). It is 0 up to and including
+    s_p. From s_end on it is the teacher's implicit reward of the whole response.
 
     Example: log-ratios [., 2, -3, .] with mask [0, 1, 1, 0] and beta 1 give [0, 0, 2, -1, -1].
     """
     _expect_shape(teacher_logps.shape, teacher_ref_logps=teacher_ref_logps, mask=mask)
-    logratios = torch.where(mask.bool(), teacher_logps - teacher_ref_logps, 0.0)            # (B, T)
-    return beta * F.pad(logratios.cumsum(-1), (1, 0))                                       # (B, T+1)
+    logratios = torch.where(mask.bool(), teacher_logps - teacher_ref_logps, 0.0)    # (B, T)
+    return beta * F.pad(logratios.cumsum(-1), (1, 0))                               # (B, T+1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# Shaping.   psi_t = gamma Phi(s_{t+1}) - Phi(s_t),   Phi = V_phi,   gamma = 1                       the paper; Ng et al. 1999
+# --------------------------------------------------------------------------------------------------
+# Shaping.   psi_t = gamma Phi(s_{t+1}) - Phi(s_t),   Phi = V_phi           Ng, Harada, Russell 1999
 #
-# Summed over a response with gamma = 1 this telescopes to Phi(s_end) - Phi(s_p). Phi(s_p) belongs to the prompt and cancels
-# between two answers to it, so a pair only ever sees Phi(s_end). Hence `terminal`:
-#   "zero"   Phi(s_end) = 0             strict shaping: the optimal policy is preserved, and the loss is DPO's
-#   "hold"   Phi(s_end) = Phi(s_end-1)  the last state in which a token was chosen; for logits, never trained after EOS
-#   "value"  Phi(s_end) = V_phi(s_end)  the teacher's value of the finished answer stays, as a soft label
-# With gamma < 1 the plain sum also keeps -(1 - gamma) times the sum of Phi(s_t), p < t < end: mostly a bias on length.
+# With gamma = 1 the sum over a response is Phi(s_end) - Phi(s_p). Phi(s_p) is the same for two
+# answers to one prompt and cancels in a pair. Only Phi(s_end) is left, and `terminal` sets it:
+#   "zero"   Phi(s_end) = 0             preserves the optimum, and the TVKD loss equals DPO's; any
+#                                       number that depends on the prompt alone would do the same
+#   "hold"   Phi(s_end) = Phi(s_end-1)  the state in which EOS was chosen; for `soft_value`, because
+#                                       the network's output after EOS was never trained
+#   "value"  Phi(s_end) = V_phi(s_end)  the teacher's value of the finished answer stays in the loss
+# With gamma < 1 the plain sum is gamma Phi(s_end) - Phi(s_p) - (1 - gamma) sum_{p<t<end} Phi(s_t).
+# So even "zero" moves the optimum. If Phi has one sign, this is mostly a bias on length.
 
 def shaping(values, mask, gamma=1.0, terminal="value"):
-    """psi of every action: values (B, T+1), mask (B, T) -> (B, T), 0 outside the mask. No gradient flows to the values.
+    """psi of every action: values (B, T+1), mask (B, T) -> (B, T), 0 outside the mask.
 
-    Only states s_p to s_end of each row are read; s_end is found from the mask, so padding of any width and content changes
-    nothing. Raises ValueError for another `terminal` and for a row without a response token.
+    No gradient flows to the values. Only the states s_p to s_end of each row are read, and s_end
+    is located by the mask, so padding of any width and content changes nothing. Raises ValueError
+    for another `terminal` and for a row without a response token.
 
-    Example: values (2, 5, 3, 4), mask (1, 1, 1), gamma 1: "zero" (3, -2, -3), "hold" (3, -2, 0), "value" (3, -2, 1).
+    Example: values (2, 5, 3, 4), mask (1, 1, 1), gamma 1 give (3, -2, -3) with "zero",
+    (3, -2, 0) with "hold", (3, -2, 1) with "value".
     """
     if terminal not in ("zero", "hold", "value"):
         raise ValueError(f'terminal: expected "zero", "hold" or "value", got {terminal!r}')
     _expect_shape((mask.shape[0], mask.shape[1] + 1), values=values)
     mask = mask.bool()
     if not mask.any(-1).all():
-        raise ValueError("mask: expected at least one response token in every row, got a row without any")
-    potential, following = values.detach()[:, :-1], values.detach()[:, 1:]                  # (B, T) Phi(s_t), Phi(s_{t+1})
+        raise ValueError("mask: expected at least one response token in every row, "
+                         "got a row without any")
+    values = values.detach()
+    potential, following = values[:, :-1], values[:, 1:]            # (B, T) Phi(s_t), Phi(s_{t+1})
     actions = torch.arange(mask.shape[1], device=mask.device)
-    is_last = actions == torch.where(mask, actions, -1).amax(-1, keepdim=True)              # (B, T) the action that enters s_end
+    last = torch.where(mask, actions, -1).amax(-1, keepdim=True)    # (B, 1) the action into s_end
     if terminal == "zero":
-        following = torch.where(is_last, 0.0, following)
+        following = torch.where(actions == last, 0.0, following)
     elif terminal == "hold":
-        following = torch.where(is_last, potential, following)
+        following = torch.where(actions == last, potential, following)
     return torch.where(mask, gamma * following - potential, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# TVKD.   L = -log sigmoid( beta [log-ratio_w - log-ratio_l] - alpha [sum_t psi_w - sum_t psi_l] )                  the paper
+# --------------------------------------------------------------------------------------------------
+# TVKD.   L = -log sigmoid( beta [log-ratio_w - log-ratio_l] - alpha [sum_t psi_w - sum_t psi_l] )
 #
-# Why MINUS. The student is to be optimal for the SHAPED reward r + alpha psi, while the labels speak of r. The Bellman equation
-# of the shaped problem, summed over a response, reads  sum r = beta log-ratio - alpha sum psi + (prompt only);  Bradley-Terry
-# on r gives the line above. The student's margin must EXCEED the teacher's value difference to satisfy the label.
+# alpha > 0, "minus". The student is optimal for the shaped reward r + alpha psi. Its Bellman
+#     equation gives   sum r = beta log-ratio - alpha sum psi + (prompt only).
+# alpha < 0, "plus". Student and teacher together explain the label; the student learns what the
+#     teacher leaves:  sum r = beta log-ratio + |alpha| sum psi + (prompt only).
+# The label is Bradley-Terry on sum r, which gives L. With u = Phi(s_end) and unlimited labels the
+# optimum is pi_ref exp((r + alpha u)/beta): minus adds what the teacher knows, plus takes it away.
 
-def tvkd_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, psi_chosen, psi_rejected, beta, alpha):
-    """The TVKD loss of each pair. Four sequence log-probs (B,) in nats, summed psi of each response (B,) -> (B,) nats.
+def tvkd_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, psi_chosen, psi_rejected,
+              beta, alpha):
+    """The TVKD loss of each pair: sequence log-probs (B,) in nats, summed psi (B,) -> (B,) nats.
 
-    psi is a constant of the data: no gradient reaches it, so the teacher only re-weights pairs, by
-    sigmoid(alpha dpsi - beta dlogratio): up where it sees a larger difference than the student, down where it disagrees with
-    the label. alpha = 0 is DPO.
+    psi is a constant of the data: no gradient reaches it, and alpha (psi_w - psi_l) is a margin
+    offset of ODPO's form. The gradient weighs a pair by sigmoid(alpha dpsi - beta dlogratio), d for
+    chosen minus rejected. At the same policy that is more than DPO's weight exactly where
+    alpha dpsi > 0. alpha = 0 is DPO.
     """
     _expect_shape(policy_chosen.shape, psi_chosen=psi_chosen, psi_rejected=psi_rejected)
     margin = _reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    return -F.logsigmoid(margin - alpha * (psi_chosen - psi_rejected).detach())
+    offset = alpha * (psi_chosen - psi_rejected).detach()
+    return -F.logsigmoid(margin - offset)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# The baselines' losses.   KD: mean over response states of KL(teacher || student);   SFT, behaviour cloning: mean of -log pi(a|s)
+# --------------------------------------------------------------------------------------------------
+# The baselines.   KD: mean over response states of KL(teacher || student)
+#                  SFT, behaviour cloning: mean over response tokens of -log pi(a_t|s_t)
 
 def kd_loss(student_logits, teacher_logits, mask):
-    """KL(teacher || student), summed over the vocabulary, averaged over masked tokens: two (B, T+1, V), mask (B, T) -> nats.
+    """KL(teacher || student), summed over the vocabulary, averaged over response states -> nats.
 
-    No gradient reaches the teacher. Two vocabularies, that is two sizes V, are refused, and so is an empty mask.
+    student_logits, teacher_logits (B, T+1, V), mask (B, T). No gradient reaches the teacher.
+    Two sizes of V (two vocabularies) and an empty mask are refused.
     """
     _expect_shape(student_logits.shape, teacher_logits=teacher_logits)
     _expect_shape((student_logits.shape[0], student_logits.shape[1] - 1), mask=mask)
     mask = _non_empty(mask)
-    student = F.log_softmax(_at_least_float32(student_logits[:, :-1][mask]), -1)            # (response tokens, V)
-    teacher = F.softmax(_at_least_float32(teacher_logits.detach()[:, :-1][mask]), -1)
-    return F.kl_div(student, teacher, reduction="sum") / mask.sum()
+    student = _at_least_float32(student_logits[:, :-1][mask])           # (response tokens, V)
+    teacher = _at_least_float32(teacher_logits.detach()[:, :-1][mask])
+    divergence = F.kl_div(F.log_softmax(student, -1), F.softmax(teacher, -1), reduction="sum")
+    return divergence / mask.sum()
 
 
 def nll_loss(logps, mask):
-    """-log pi(a_t|s_t), averaged over masked tokens: logps (B, T) nats, mask (B, T) -> nats per token. Refuses an empty mask."""
+    """Mean of -log pi(a_t|s_t) over response tokens: logps (B, T), mask (B, T) -> nats per token.
+
+    An empty mask is refused.
+    """
     _expect_shape(logps.shape, mask=mask)
     return -logps[_non_empty(mask)].mean()
 

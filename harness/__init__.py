@@ -1,0 +1,12 @@
+"""Everything around the method: options, kept files, processes, preference files, the report.
+
+Nothing in this folder is in the paper, and nothing in it imports train.py.
+"""
+
+import os
+
+# OpenMP threads spin while they wait for each other. On a busy machine they spin away the time that
+# the other thread needs. Both variables are read when torch is imported, so they are set first:
+# GOMP_SPINCOUNT by GNU's OpenMP (Linux), KMP_BLOCKTIME, in milliseconds, by LLVM's (macOS).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("KMP_BLOCKTIME", "1")

@@ -1,0 +1,172 @@
+"""The numbers of the table: sampled answers, true reward, accuracy on held-out pairs, KL."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import data
+from harness.table import interval
+from model import (batches, both_responses, cached_logps, cached_psi, cached_values, device_of,
+                   evaluating)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """The held-out pairs of a split, and how models answer their prompts."""
+    pairs: list             # of ids
+    texts: list             # the same pairs as text
+    tokenizer: object       # a tiktoken.Encoding
+    toy: bool               # whether the true reward is known
+    samples: int            # answers to each prompt
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """validate(model) -> {"val_...": number}, against what the model started from."""
+    ref: object
+    beta: float
+    held_out: HeldOut
+
+    def __call__(self, model):
+        metrics, _ = evaluate(model, self.ref, self.beta, self.held_out)
+        return {f"val_{name}": x for name, x in metrics.items()}
+
+
+def reward_margins(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    """Implicit reward of the chosen minus that of the rejected response: (B,), in beta * nats."""
+    return beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)).detach()
+
+
+def is_correct(margins):
+    """1 where the chosen response has the larger implicit reward, 0 where not, 1/2 for a tie.
+
+    A model ties with itself; at step 1, against cached log-probs, it does so only up to rounding.
+    """
+    return (margins > 0) + 0.5 * (margins == 0)
+
+
+@torch.no_grad()
+def sample(model, prompts, eos, max_new_tokens, batch_size, seed):
+    """One response at temperature 1 to each prompt of ids -> ids, with EOS where the model ended.
+
+    The generator is its own, so sampling never moves the order of training batches.
+    """
+    generator = torch.Generator(device_of(model)).manual_seed(seed)
+    responses = []
+    for start in range(0, len(prompts), 4 * batch_size):
+        batch = prompts[start:start + 4 * batch_size]
+        answers = model.generate(batch, max_new_tokens, eos, generator=generator)
+        for prompt, ids in zip(batch, answers):
+            full = len(prompt) + len(ids) >= model.config.block_size
+            responses.append(ids if full or len(ids) == max_new_tokens else ids + [eos])
+    return responses
+
+
+def spoken(response, tokenizer):
+    """Response ids -> text, without EOS."""
+    return tokenizer.decode([token for token in response if token != tokenizer.eot_token])
+
+
+@torch.no_grad()
+def policy_kl(model, ref, rows, batch_size):
+    """KL(model || ref), nats per response: exact over the vocabulary, on the states of `rows`.
+
+    rows: the model's own samples.
+    """
+    total = 0.0
+    with evaluating(model):
+        for _, tokens, mask in batches(rows, batch_size, device_of(model)):
+            states = F.pad(mask, (0, 1))                                        # (B, T+1)
+            policy = F.log_softmax(model(tokens, states).float(), -1)           # (n, V)
+            reference = F.log_softmax(ref(tokens, states).float(), -1)
+            total += (policy.exp() * (policy - reference)).sum().item()
+    return total / len(rows)
+
+
+def cached_margins(model, ref, beta, pairs, batch_size):
+    """Implicit reward margin of every pair: (len(pairs),)."""
+    both = both_responses(pairs)
+    policy, reference = (cached_logps(m, both, batch_size).chunk(2) for m in (model, ref))
+    return reward_margins(*policy, *reference, beta)
+
+
+def evaluate(model, ref, beta, held_out):
+    """One model -> (metrics, {"reward": of each prompt, "pref_acc": of each pair, "true_acc"}).
+
+    pref_acc: whether the implicit reward orders a pair as its label does; true_acc: as the true
+    reward does, where the two answers differ in it. ref, beta: what the model started from and the
+    beta of its implicit reward. The true reward is known on the toy task alone.
+    """
+    pairs, texts, samples = held_out.pairs, held_out.texts, held_out.samples
+    margins = cached_margins(model, ref, beta, pairs, held_out.batch_size)
+    prompts = [pair.prompt for pair in pairs for _ in range(samples)]
+    responses = sample(model, prompts, held_out.tokenizer.eot_token, held_out.max_new_tokens,
+                       held_out.batch_size, held_out.seed)
+    each = {"pref_acc": is_correct(margins)}
+    if held_out.toy:
+        asked = [pair.prompt for pair in texts for _ in range(samples)]
+        rewards = [data.reward(prompt, spoken(response, held_out.tokenizer))
+                   for prompt, response in zip(asked, responses)]
+        each["reward"] = torch.tensor(rewards).double().view(-1, samples).mean(1)   # (prompts,)
+        gaps = [data.reward(p.prompt, p.chosen) - data.reward(p.prompt, p.rejected) for p in texts]
+        gaps = torch.tensor(gaps, device=margins.device)                            # (pairs,)
+        each["true_acc"] = is_correct(margins * gaps.sign())[gaps != 0]     # (pairs that differ,)
+    rows = [data.Example(*row) for row in zip(prompts, responses)]
+    means = {name: x.mean().item() if len(x) else None for name, x in each.items()}
+    metrics = {"reward": None, "true_acc": None, **means, "pref_margin": margins.mean().item(),
+               "kl": policy_kl(model, ref, rows, held_out.batch_size),
+               "length": sum(map(len, responses)) / len(responses)}
+    return metrics, each
+
+
+def measure(model, ref, beta, held_out):
+    """`evaluate`, for a row of the table -> {"numbers": with intervals, "reward": (prompts,)}."""
+    metrics, each = evaluate(model, ref, beta, held_out)
+    intervals = {f"{key}_ci": interval(x.tolist()) for key, x in each.items()}
+    numbers = {"pref_n": len(held_out.pairs), "reward_ci": None, "true_acc_ci": None,
+               "vs_dpo": None, "vs_dpo_ci": None, **metrics, **intervals}
+    return {"numbers": numbers, "reward": each.get("reward")}
+
+
+def against_dpo(rewards, dpo_rewards):
+    """Difference of true reward to DPO, (prompts,) each, paired by prompt -> two numbers."""
+    difference = rewards - dpo_rewards
+    return {"vs_dpo": difference.mean().item(), "vs_dpo_ci": interval(difference.tolist())}
+
+
+def fill(rows, measured):
+    """The numbers of every Row from {label: what `measure` gives}, with its difference to DPO."""
+    dpo = measured.get("dpo", {}).get("reward")
+    for row in rows:
+        row.numbers = dict(measured[row.label]["numbers"])
+        if dpo is not None and row.label != "dpo":
+            row.numbers |= against_dpo(measured[row.label]["reward"], dpo)
+
+
+def psi_of_pairs(kind, terminal, teacher, teacher_ref, held_out, config, most=6):
+    """The first held-out pairs token by token, as the report shows them -> list of dicts.
+
+    Each response: "tokens" as text, "psi" of each, "values" V(s) of the states s_p to s_end, one
+    more than tokens, and on the toy task its true "reward".
+    """
+    pairs, texts, decode = held_out.pairs[:most], held_out.texts[:most], held_out.tokenizer.decode
+    rows = both_responses(pairs)
+    values = cached_values(kind, teacher, teacher_ref, rows, config.teacher_beta, config.batch_size)
+    responses = []
+    for row, value, psi in zip(rows, values, cached_psi(values, rows, config.gamma, terminal)):
+        first = len(row.prompt) - 1                                     # s_p
+        end = first + len(row.response)                                 # s_end
+        responses.append({"tokens": [decode([token]) for token in row.response],
+                          "psi": psi[first:end].tolist(), "values": value[first:end + 1].tolist()})
+    shown = [{"seed": held_out.seed, "prompt": text.prompt, "value": kind, "terminal": terminal,
+              "chosen": chosen, "rejected": rejected}
+             for text, chosen, rejected in zip(texts, responses, responses[len(pairs):])]
+    if held_out.toy:
+        for pair, text in zip(shown, texts):
+            for which in ("chosen", "rejected"):
+                pair[which]["reward"] = data.reward(text.prompt, getattr(text, which))
+    return shown

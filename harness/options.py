@@ -1,0 +1,229 @@
+"""The options of train.py: one dataclass gives the command line, --help and the checks."""
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from data import UserError, printable
+
+VALUES, TERMINALS = ("implicit", "logits", "given"), ("zero", "hold", "value")
+TERMINAL_OF = {"implicit": "value", "logits": "hold", "given": "value"}         # defaults
+ZERO_ALLOWED = ("seed", "train_pairs", "student_pairs", "micro_batch", "trust_code",
+                "teacher_sft_steps", "student_sft_steps", "tokens")
+LARGEST = {"batch_size": 10 ** 6, "samples": 10 ** 4, "max_new_tokens": 10 ** 6, "seeds": 10 ** 6,
+           "layers": 10 ** 3, "heads": 10 ** 3, "width": 10 ** 5, "vocab_size": 10 ** 6,
+           "block_size": 10 ** 6}
+USES_A_RUN = ("ask", "score", "export")         # these train nothing
+
+
+def option(default, help, group=None, with_data=None):
+    """A field of Config. group: begins a section of --help; with_data: the default with --data."""
+    with_data = default if with_data is None else with_data
+    return field(default=default, metadata={"help": help, "group": group, "with_data": with_data})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage is trained: all of its options but the loss and the seed."""
+    steps: int
+    lr: float
+    batch_size: int
+    micro_batch: int
+
+
+@dataclass
+class Config:
+    data: str = option("", "JSONL file of preference pairs; empty: the toy task", "what to run")
+    methods: tuple = option(("bc", "kd", "dpo", "tvkd"),
+                            "how to train the student, a row of the table each: any of the default")
+    out: str = option("out", "folder for results.json, log.jsonl, and the weights of each seed")
+    seed: int = option(0, "seed of everything: toy data, split, weights, batches, sampling")
+    seeds: int = option(1, "number of full runs, with seeds seed, seed+1, ...")
+    device: str = option("auto", "cpu, cuda, mps, or auto for the best of them here")
+    trust_code: int = option(0, "1: keep teacher, starting student and values although the code "
+                                "changed; trains the methods again")
+    ask: str = option("", "answer this prompt with every model of the run in --out",
+                      "use a finished run, train nothing")
+    score: str = option("", "score the pairs of this JSONL file with those models, into "
+                            "scores.jsonl in --out")
+    tokens: int = option(0, "1, beside --score: log-ratios of every token; beside --ask: psi of "
+                            "every token of each answer")
+    export: str = option("", "write those models into this folder, for the transformers library")
+    alpha: float = option(1.0, "weight of the teacher's psi in TVKD; 0 is DPO, below 0 the plus "
+                               "reading of the loss", "the loss")
+    beta: float = option(1.0, "strength of the student's KL penalty in DPO and TVKD; larger stays "
+                              "closer to the reference", with_data=0.1)
+    gamma: float = option(1.0, "discount in psi = gamma V(s') - V(s); below 1 the sum of psi "
+                               "depends on the length")
+    value: tuple = option(("implicit", "logits"), "teacher's value, a TVKD row each: implicit (its "
+                          "log-ratios), logits (their logsumexp), given (from the rows of --data)")
+    terminal: str = option("", "potential of the finished response: zero, hold, value; empty: "
+                               "hold for logits, else value")
+    teacher_beta: float = option(1.0, "beta of the teacher's own DPO, and so of its value",
+                                 with_data=0.1)
+    tokenizer: str = option("", "an encoding tiktoken knows, such as gpt2; empty: a vocabulary "
+                                "learned from the training text", "data")
+    vocab_size: int = option(512, "largest learned vocabulary, EOS included", with_data=2048)
+    block_size: int = option(64, "context: the longest prompt + response + EOS, in tokens",
+                             with_data=1024)
+    train_pairs: int = option(3000, "training pairs, all of which the teacher sees; 0: all that "
+                                    "are left", with_data=0)
+    student_pairs: int = option(300, "training pairs the student sees; 0: all of the teacher's",
+                                with_data=0)
+    val_pairs: int = option(200, "pairs for the curves and for choosing settings", with_data=20)
+    test_pairs: int = option(500, "held-out pairs for the table", with_data=100)
+    teacher_layers: int = option(3, "blocks of the teacher", "models")
+    teacher_heads: int = option(4, "attention heads of the teacher")
+    teacher_width: int = option(96, "channels of the teacher")
+    student_layers: int = option(2, "blocks of the student")
+    student_heads: int = option(4, "attention heads of the student")
+    student_width: int = option(48, "channels of the student")
+    teacher_init: str = option("", "weights the teacher starts from: a nanoGPT checkpoint, a file "
+                                   "of out/seed0, or a GPT-2 folder of the transformers library")
+    student_init: str = option("", "the same for the student")
+    batch_size: int = option(64, "pairs in a step of a preference stage; supervised stages take "
+                                 "as many rows", "training", with_data=8)
+    micro_batch: int = option(0, "pairs, or rows, in memory at a time, for the gradient of the "
+                                 "same batch; 0: the whole batch")
+    precision: str = option("auto", "of the blocks' matrix products: float32, bfloat16, or auto: "
+                                    "bfloat16 on CUDA that supports it")
+    teacher_sft_steps: int = option(400, "steps of the teacher's fine-tuning", with_data=100)
+    teacher_dpo_steps: int = option(94, "steps of the teacher's DPO", with_data=40)
+    student_sft_steps: int = option(600, "steps of the student's fine-tuning", with_data=100)
+    steps: int = option(60, "steps of every method that trains the student", with_data=20)
+    teacher_sft_lr: float = option(3e-3, "learning rate of the teacher's fine-tuning")
+    teacher_dpo_lr: float = option(3e-4, "learning rate of the teacher's DPO", with_data=1e-4)
+    student_sft_lr: float = option(5e-3, "learning rate of the student's fine-tuning")
+    lr: float = option(3e-4, "learning rate of the student in dpo and tvkd", with_data=1e-4)
+    distill_lr: float = option(1e-2, "learning rate of the student in bc and kd", with_data=1e-3)
+    save_interval: float = option(30.0, "seconds between two checkpoints of a stage in training")
+    samples: int = option(4, "sampled responses per held-out prompt, at temperature 1",
+                          "measuring", with_data=1)
+    max_new_tokens: int = option(48, "longest sampled response, in tokens", with_data=128)
+    log_interval: int = option(20, "steps between two lines of the log", with_data=10)
+    eval_interval: int = option(20, "steps between two evaluations on the validation prompts")
+
+    def recipe(self, steps, lr):
+        """The Recipe of a stage, by the names of two options."""
+        return Recipe(getattr(self, steps), getattr(self, lr), self.batch_size, self.micro_batch)
+
+    def intervals(self):
+        return {name: getattr(self, name)
+                for name in ("log_interval", "eval_interval", "save_interval")}
+
+    def terminal_of(self, kind):
+        """The potential of the finished response: --terminal, or the default of a kind of value.
+
+        "hold" for logits: the network's output after EOS was never trained.
+        """
+        return self.terminal or TERMINAL_OF[kind]
+
+    def expect(self, name, holds, expected):
+        """Raise UserError naming the option, unless it holds."""
+        if not holds:
+            got = getattr(self, name)
+            got = ",".join(got) if isinstance(got, tuple) else repr(got)
+            raise UserError(f"--{name}: expected {expected}, got {got:.100}")
+
+    def check(self, methods):
+        """Raise UserError naming the first option whose value cannot work."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int:
+                least = 0 if f.name in ZERO_ALLOWED else 1
+                most = LARGEST.get(f.name, LARGEST.get(f.name.split("_")[-1], 2 ** 62))
+                self.expect(f.name, least <= value <= most, f"{least} to {most}")
+            if f.type is float:
+                least = -math.inf if f.name == "alpha" else 0
+                self.expect(f.name, math.isfinite(value) and value >= least and abs(value) <= 1e6,
+                            "a number from 0 to 1e6" if least == 0 else "a number up to 1e6")
+                self.expect(f.name, value >= 1e-12 or f.name in ("alpha", "gamma", "save_interval"),
+                            "a number of at least 1e-12")
+        for name, known in (("methods", methods), ("value", VALUES)):
+            chosen = getattr(self, name)
+            self.expect(name, len(set(chosen)) == len(chosen) and set(chosen) <= set(known),
+                        f"some of {','.join(known)}, each once")
+        for name in ("trust_code", "tokens"):
+            self.expect(name, getattr(self, name) < 2, "0 or 1")
+        self.expect("precision", self.precision in ("auto", "float32", "bfloat16"),
+                    "one of auto, float32, bfloat16")
+        self.expect("terminal", self.terminal in ("", *TERMINALS),
+                    f"one of {', '.join(TERMINALS)}, or nothing")
+        if "given" in self.value:
+            self.expect("value", self.data, "--data beside given: the toy task has no such values")
+            self.expect("terminal", self.terminal in ("", "value"), "value beside --value=given")
+            self.expect("gamma", self.gamma == 1, "1 beside --value=given")
+        self.expect("train_pairs", self.train_pairs or self.data, "at least 1 on the toy task")
+        self.expect("device", self.device in ("auto", "cpu", "cuda", "mps"),
+                    "one of auto, cpu, cuda, mps")
+        for who in ("teacher", "student"):
+            heads = getattr(self, f"{who}_heads")
+            self.expect(f"{who}_width", getattr(self, f"{who}_width") % heads == 0,
+                        f"a multiple of --{who}_heads={heads}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"train.py: {printable(message)}; try --help\n")
+
+
+def names(text):
+    return tuple(text.split(","))
+
+
+def parse_args(argv, methods, description=None):
+    """Command line -> Config. Defaults may differ beside --data. methods: the table of train.py."""
+    parser = Parser(allow_abbrev=False, description=description,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        default, with_data = (",".join(d) if f.type is tuple else d
+                              for d in (f.default, f.metadata["with_data"]))
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        defaults = f"default: {default}" if default != "" else "default: empty"
+        if with_data != default:
+            defaults += f", with --data: {with_data}"
+        group.add_argument(f"--{f.name}", type=names if f.type is tuple else f.type,
+                           default=argparse.SUPPRESS, metavar=f.name.upper(),
+                           help=f"{f.metadata['help']} ({defaults})")
+    given = vars(parser.parse_args(argv))
+    for name in ("data", "out", "teacher_init", "student_init", *USES_A_RUN):
+        if given.get(name) == "":                       # an unset shell variable, most likely
+            parser.error(f"--{name}: expected a value, got an empty one")
+    uses = [name for name in USES_A_RUN if name in given]
+    unused = set(given) - {*USES_A_RUN, "out", "seed", "device", "tokens"}
+    if unused and uses:
+        parser.error(f"--{min(unused)}: expected only --out, --seed, --device and --tokens beside "
+                     f"--{uses[0]}")
+    if "tokens" in given and not {"ask", "score"} & set(uses):
+        parser.error("--tokens: expected --ask or --score beside it")
+    for name in sorted(given):
+        who, _, size = name.partition("_")
+        if size in ("layers", "heads", "width") and f"{who}_init" in given:
+            parser.error(f"--{name}: expected none beside --{who}_init, whose weights have "
+                         "their sizes")
+    defaults = {f.name: f.metadata["with_data"] for f in fields(Config)} if "data" in given else {}
+    if given.get("value") == ("given",) and "methods" not in given:     # no teacher is needed
+        defaults["methods"] = tuple(name for name in Config.methods
+                                    if not methods[name].needs_teacher)
+    config = Config(**{**defaults, **given})
+    config.check(methods)
+    return config
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else \
+            "mps" if torch.backends.mps.is_available() else "cpu"
+    elif (name == "cuda" and not torch.cuda.is_available()
+          or name == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"--device: expected one this machine has, got {name}")
+    return torch.device(name)
+
+
+def in_bfloat16(precision, device):
+    """Whether matrix products are in bfloat16. CUDA is asked only where it is the device."""
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda"
+                                       and torch.cuda.is_bf16_supported())

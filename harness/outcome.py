@@ -1,0 +1,110 @@
+"""How a run ends: results.json and the report, what is printed, and the exit code."""
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+from shutil import get_terminal_size
+
+import torch
+
+from data import UserError, printable, tokenizer_text
+from harness.ask import show_answers
+from harness.keep import digest_of_tokenizer, write
+from harness.processes import is_first
+from harness.report import write_report
+from harness.table import show_psi, table
+
+
+class Outcome:
+    """Collects the rows of every seed. They are saved before anything is shown."""
+
+    def __init__(self, config, keep, started):
+        self.config, self.keep, self.started = config, keep, started
+        self.rows, self.pairs, self.tokenizers = [], [], {}
+
+    def add(self, task, rows, models, pairs):
+        """Save and show one seed: what train.experiment returned of the Task."""
+        if not is_first():
+            return
+        self.rows, self.pairs = self.rows + rows, self.pairs + pairs
+        self.tokenizers[str(self.keep.seed)] = digest_of_tokenizer(task.tokenizer)
+        if task.tokenizer.name == "learned":
+            write(self.keep.folder / "tokenizer.tiktoken", tokenizer_text(task.tokenizer).encode())
+        self.save()
+        texts, ids = ([pair.prompt for pair in split.test[:2]] for split in task[:2])
+        show_answers(texts, ids, models, task.tokenizer, self.config, self.keep.seed)
+        for pair in pairs:
+            if pair["prompt"] == pairs[0]["prompt"]:        # the first held-out pair, each value
+                colour = bool(sys.stdout) and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+                show_psi(pair, colour=colour, width=get_terminal_size().columns)
+        print(f"\n{table(rows)}")
+
+    def save(self):
+        out = self.keep.out
+        made = {"torch": torch.__version__, "device": str(self.keep.device),
+                "threads": torch.get_num_threads(), "code": self.keep.common["the code"],
+                "seconds": round(time.perf_counter() - self.started, 1)}
+        results = {"config": asdict(self.config), "rows": [row.flat() for row in self.rows],
+                   "pairs": self.pairs, "tokenizers": self.tokenizers, "made": made}
+        results = without_nan(results)
+        self.keep.log_file.flush()
+        log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        try:
+            write_report(results, [json.loads(line) for line in log], out / "report.html")
+        except OSError as error:
+            raise UserError(f"--out: expected a folder with room to write {out / 'report.html'}: "
+                            f"{error.strerror}") from None
+        text = json.dumps(results, indent=1, allow_nan=False)
+        write(out / "results.json", f"{text}\n".encode())
+
+    def finish(self):
+        if not is_first():
+            return
+        if self.config.seeds > 1:
+            print(f"\nall seeds\n{table(self.rows)}")
+        out = self.keep.out
+        print(f"\n{time.perf_counter() - self.started:.0f} s; rows in "
+              f"{printable(str(out / 'results.json'))}, pairs and curves in "
+              f"{printable(str(out / 'report.html'))}")
+
+
+def without_nan(value):
+    """The same JSON value with null for what is not finite: a mean over nothing is unknown."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: without_nan(x) for name, x in value.items()}
+    return [without_nan(x) for x in value] if isinstance(value, (list, tuple)) else value
+
+
+def exit_code(run, argv):
+    """run(argv) -> 0, or a line on stderr and an exit code: 2 the user's mistake, 130 Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")    # no sampled character may end a finished run
+    try:
+        run(argv)
+        return 0
+    except UserError as error:
+        status, message = 2, str(error)
+    except FloatingPointError as error:
+        status, message = 1, str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "stopped; the same command goes on from here"
+    except BrokenPipeError:                         # the reader, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        status, message = 2, "expected models and batches that fit in memory; try smaller ones"
+    except OSError as error:
+        status, message = 2, f"expected files that can be read and written: {error}"
+    except RuntimeError as error:
+        if "memory" not in str(error) and "step 0 check" not in str(error):
+            raise
+        status, message = 1 if "step 0" in str(error) else 2, str(error).splitlines()[0]
+    if sys.stderr:
+        print(f"train.py: {printable(message)}", file=sys.stderr)
+    return status
