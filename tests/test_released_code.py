@@ -1,21 +1,23 @@
-"""README "Beside the released code": its claims about other forms of the value and of the margin, on tensors, worked by hand.
+"""docs/released-code.md: what it says about other forms of the value and the margin, by hand.
 
-The forms below are written from their description, to compute with; none is used by this project.
+The formulas are written from their description, and are compared with tvkd.py. The project uses
+none of them.
 """
 
 import math
 
+import pytest
 import torch
 
 from conftest import close
-from tvkd import shaping, soft_value
+from tvkd import dpo_loss, shaping, soft_value, tvkd_loss
 
 ALPHA = 0.7
+ln = math.log
 
 
-def tempered(probs):
-    """logsumexp(alpha log p)"""
-    return torch.logsumexp(ALPHA * probs.log(), -1)
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.double)
 
 
 def renyi(probs):
@@ -23,67 +25,107 @@ def renyi(probs):
     return (probs ** ALPHA).sum(-1).log() / (1 - ALPHA)
 
 
-def test_tempered_log_probs_are_a_renyi_entropy():
-    """Uniform over 5: ln(5 * 5^-0.7) = 0.3 ln 5 = 0.482831. All on one token: ln 1 = 0. In general (1 - alpha) times the entropy
-    of order alpha: at (1/2, 1/4, 1/4), .5^.7 = .615572 and .25^.7 = .378929, ln 1.373430 = .317312. With alpha 1 always 0."""
-    uniform, skewed = torch.full((5,), 0.2).double(), torch.tensor([0.5, 0.25, 0.25]).double()
-    close(tempered(uniform), 0.3 * math.log(5))
-    close(tempered(torch.tensor([1.0, 0.0, 0.0]).double()), 0.0)
-    close(tempered(skewed), 0.317311, 2e-6)
-    for probs in (uniform, skewed):
-        close(tempered(probs), (1 - ALPHA) * renyi(probs))
-        close(torch.logsumexp(probs.log(), -1), 0.0)
+@pytest.mark.parametrize("probs, value", [
+    ((0.2,) * 5, 0.3 * ln(5)),              # ln(5 * 5^-0.7)
+    ((1.0, 0.0, 0.0), 0.0),                 # ln 1
+    ((0.5, 0.25, 0.25), 0.317312),          # .5^.7 = .615572, .25^.7 = .378929: ln 1.373430
+])
+def test_tempered_log_probs_are_a_renyi_entropy(probs, value):
+    """logsumexp(0.7 log p) = 0.3 times the Renyi entropy of order 0.7."""
+    tempered = soft_value(ALPHA * doubles(*probs).log(), 1.0)
+    close(tempered, value, 2e-6)
+    close(tempered, (1 - ALPHA) * renyi(doubles(*probs)))
+
+
+def test_values_of_normalised_log_probs_are_zero_at_temperature_one():
+    """T logsumexp(log p / T) of (1/2, 1/4, 1/4) and (1, 0, 0): 0 and 0 for T = 1, so that psi is 0
+    and the loss DPO's, for any gamma. For T = 2 it is 2 ln(sum sqrt p): 2 ln(sqrt(1/2) + 1) and
+    0."""
+    log_p = doubles([0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]).log()
+    values = soft_value(log_p, 1.0).unsqueeze(0)
+    close(values, [[0, 0, 0]])
+    psi = shaping(values, torch.ones(1, 2).bool(), 0.7, "zero").sum(-1)
+    one, zero = doubles(1.0), doubles(0.0)
+    loss = tvkd_loss(one, zero, zero, zero, psi, zero, 1.0, -1.0)
+    close(loss, dpo_loss(one, zero, zero, zero, 1.0))
+    close(soft_value(log_p / 2, 2.0)[:2], [2 * ln(math.sqrt(0.5) + 1), 0])
 
 
 def test_an_entropy_is_not_the_soft_value():
-    """Logits (ln 3, 0) and the same + 10: the tempered value is the same number, the soft value ln 4 moves by 10. An entropy
-    reads how sure the policy is, not how good the state is."""
-    logits = torch.tensor([[math.log(3), 0.0], [math.log(3) + 10, 10.0]]).double()
-    close(soft_value(logits, 1.0), [math.log(4), math.log(4) + 10])
-    before, after = tempered(logits.softmax(-1)).tolist()
+    """Logits (ln 3, 0) and the same + 10: the tempered value of their probabilities is the same
+    number, the soft value ln 4 moves by 10."""
+    logits = doubles([ln(3), 0.0], [ln(3) + 10, 10.0])
+    close(soft_value(logits, 1.0), [ln(4), ln(4) + 10])
+    before, after = soft_value(ALPHA * logits.log_softmax(-1), 1.0).tolist()
     close(before, after)
 
 
-def test_adding_the_current_value_telescopes_to_a_prompt_constant():
-    """Token terms log pi - V(s_{t+1}) + V(s_t) with V(s_end) = 0. One answer has V = (2, 5, 3, 0) and log pi = (-1, -1, -1): sum
-    -3 + 2 = -1. Another to the same prompt has V = (2, 7, 0): -2 + 2 = 0. The V on the way are gone, the prompt's 2 is in both
-    and cancels: the difference is that of the log-probs, -3 - -2 = -1. It is strict shaping ("zero")."""
-    def summed(values):
-        return sum(-1 - after + before for before, after in zip(values, values[1:]))
-    close(summed([2.0, 5.0, 3.0, 0.0]), -1.0)
-    close(summed([2.0, 7.0, 0.0]), 0.0)
-    values, mask = torch.tensor([[2.0, 5.0, 3.0, 0.0], [2.0, 7.0, 0.0, 0.0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
-    close(-3 - shaping(values, mask, 1.0, "zero")[0].sum().item(), summed([2.0, 5.0, 3.0, 0.0]))
+def reward_of_pi(log_pi, values):
+    """sum of log pi(a_t|s_t) - V(s_{t+1}) + V(s_t): branch `PI` with gamma 1."""
+    return sum(log_pi - after + before for before, after in zip(values, values[1:]))
+
+
+def test_pi_is_the_minus_reading_and_telescopes():
+    """Every log pi is -1. V = (2, 5, 3, 0): -3 + 2 = -1. V = (2, 7, 0): -2 + 2 = 0. The values on
+    the way are gone, and the 2 of the prompt is in both: R_w - R_l = -1, the difference of the
+    log-probs -3 and -2. It is tvkd_loss with alpha 1 and "zero", and so DPO without a reference."""
+    close(reward_of_pi(-1, [2.0, 5.0, 3.0, 0.0]), -1.0)
+    close(reward_of_pi(-1, [2.0, 7.0, 0.0]), 0.0)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    psi = shaping(doubles([2, 5, 3, 0], [2, 7, 0, 0]), mask, 1.0, "zero").sum(-1)
+    zero = doubles(0.0)
+    loss = tvkd_loss(doubles(-3.0), doubles(-2.0), zero, zero, psi[:1], psi[1:], 1.0, 1.0)
+    close(loss, [ln(1 + math.exp(1))])                  # -log sigmoid(-1)
 
 
 def test_the_next_value_alone_is_not_a_potential_difference():
-    """Token terms log pi - V(s_{t+1}) without V(s_t): V = (2, 5, 3, 0) leaves -(5 + 3) = -8 of the values, V = (2, 7, 0) -7; the
-    values on the way stay, more of them the longer the answer: with V = 1 throughout, n tokens leave -(n - 1). Strict
-    shaping sums to -V(s_p) = -2; with the V(s_t) it subtracts put back, -2 + (2 + 5 + 3) = 8, entering with a minus."""
-    def left_over(values):
-        psi = shaping(torch.tensor([values]), torch.ones(1, len(values) - 1).bool(), 1.0, "zero").sum().item()
-        return -(psi + sum(values[:-1]))                                    # psi + V(s_t) is V(s_{t+1})
-    close(left_over([2.0, 5.0, 3.0, 0.0]), -8.0)
-    close(left_over([2.0, 7.0, 0.0]), -7.0)
+    """Without V(s_t), V = (2, 5, 3, 0) leaves -(5 + 3) = -8 of the values, and V = (2, 7, 0) -7.
+    With V = 1 throughout, n tokens leave -(n - 1): longer answers keep more. In terms of psi:
+    strict shaping sums to -2, and the V(s_t) that it subtracts, put back, make -2 + (2+5+3) = 8."""
+    close(next_values_left([2.0, 5.0, 3.0, 0.0]), -8.0)
+    close(next_values_left([2.0, 7.0, 0.0]), -7.0)
     for n in (1, 4, 9):
-        close(left_over([1.0] * n + [0.0]), -(n - 1.0))
+        close(next_values_left([1.0] * n + [0.0]), -(n - 1.0))
+
+
+def next_values_left(values):
+    mask = torch.ones(1, len(values) - 1).bool()
+    psi = shaping(doubles(values), mask, 1.0, "zero").sum().item()
+    return -(psi + sum(values[:-1]))                    # psi_t + V(s_t) = V(s_{t+1})
+
+
+def entropy_of_bins(logits, ids):
+    """Entropy of the student over the teacher's stored ids and one bin for the rest."""
+    stored = logits.softmax(-1)[ids]
+    bins = torch.cat([stored, 1 - stored.sum(-1, keepdim=True)])
+    return -(bins * bins.log()).sum()
 
 
 def test_an_entropy_of_the_student_does_not_read_the_teachers_probabilities():
-    """The entropy of the student's distribution over the teacher's stored ids and one bin for the rest: the teacher decides which
-    ids, its probabilities nowhere enter, and the gradient goes to the student; the soft value is the other way round. Student
-    (1/2, 1/4, 1/8, 1/8), stored ids 0 and 1: bins (1/2, 1/4, 1/4), entropy 1/2 ln 2 + 2/4 ln 4 = 1.5 ln 2. Stored ids 2 and
-    3: bins (1/8, 1/8, 3/4), another number."""
-    def entropy(logits, ids):
-        kept = logits.softmax(-1)[ids]
-        bins = torch.cat([kept, 1 - kept.sum(-1, keepdim=True)])
-        return -(bins * bins.log()).sum()
-    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).double().log().requires_grad_(True)
-    value = entropy(logits, [0, 1])
-    close(value.detach(), 1.5 * math.log(2))
-    close(entropy(logits, [2, 3]).detach(), 0.25 * math.log(8) + 0.75 * math.log(4 / 3))
-    assert torch.autograd.grad(value, logits)[0].abs().max() > 0.01
-    # Another teacher with the same two likeliest tokens: another psi, and none of it asks for a gradient.
-    teachers = torch.tensor([[[4.0, 3, 0, 0], [4, 3, 0, 0]], [[4, 3, 0, 0], [9, 3, 0, 0]]]).double().requires_grad_(True)
+    """Student (1/2, 1/4, 1/8, 1/8). Stored ids 0 and 1: bins (1/2, 1/4, 1/4), entropy 1.5 ln 2.
+    Ids 2 and 3: bins (1/8, 1/8, 3/4). The teacher only chooses the ids, and the gradient goes to
+    the student. The soft value is the other way round: two teachers with the same two likeliest
+    tokens give another psi, 0 and ln[(e^9 + e^3 + 2)/(e^4 + e^3 + 2)] = 4.665, and no gradient."""
+    logits = doubles(0.5, 0.25, 0.125, 0.125).log().requires_grad_()
+    entropy = entropy_of_bins(logits, [0, 1])
+    close(entropy, 1.5 * ln(2))
+    close(entropy_of_bins(logits, [2, 3]), 0.25 * ln(8) + 0.75 * ln(4 / 3))
+    assert torch.autograd.grad(entropy, logits)[0].abs().max() > 0.01
+    teachers = doubles([[4, 3, 0, 0], [4, 3, 0, 0]], [[4, 3, 0, 0], [9, 3, 0, 0]]).requires_grad_()
     psi = shaping(soft_value(teachers, 1.0), torch.ones(2, 1).bool(), 1.0, "value")
-    assert not psi.requires_grad and psi[0].item() == 0 and psi[1].item() > 4
+    e = math.exp
+    close(psi, [[0], [ln((e(9) + e(3) + 2) / (e(4) + e(3) + 2))]])
+    assert not psi.requires_grad
+
+
+def test_values_of_a_clamped_padding_column():
+    """51 bins of 1e-8. Weight 0.7: ln 51 + 0.7 ln 1e-8 = 3.931826 - 12.894476 = -8.962650. Weight
+    1: 3.931826 - 18.420681 = -14.488855, and -0.3 times that is 4.346657. Left as the value of
+    s_end it is in psi; "zero" finds the end by the mask and never reads the column."""
+    column = torch.full((51,), 1e-8).double().log()
+    close(soft_value(0.7 * column, 1.0), -8.962650)
+    padded = soft_value(column, 1.0)
+    close(padded, -14.488855)
+    close(-(1 - ALPHA) * padded, 4.346657)
+    values = doubles([0.0, 0.0, padded])
+    close(shaping(values, torch.tensor([[1, 0]]).bool(), 1.0, "zero"), [[0, 0]])
