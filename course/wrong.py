@@ -1,0 +1,194 @@
+"""Solutions to try the grader on: typical mistakes, one each, and a correct but naive file.
+
+    python -m course.wrong                      their names
+    python -m course.wrong plus > plus.py       tvkd.py with that mistake
+    python -m pytest -q --impl=plus.py          what a student would read
+
+A mistake is the body of one function; all else is tvkd.py's. tests/system/test_courses.py grades
+them all: each loses points of its own function only, and the message names the mistake.
+"""
+
+import ast
+import sys
+import textwrap
+from typing import NamedTuple
+
+from course.assignment import ROOT
+
+
+class Mistake(NamedTuple):
+    function: str
+    kind: str                   # "equation", or "robustness" where the equation's points stay
+    message: str                # a part of the message that a student reads first
+    body: str
+
+
+MISTAKES = {
+    "no_logsumexp": Mistake("action_logps", "equation", "without - logsumexp", """
+        return logits.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    """),
+    "half_precision": Mistake("action_logps", "robustness", "expected torch.float32", """
+        return logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    """),
+    "no_shift": Mistake("token_logps", "equation", "no shift", """
+        return action_logps(logits[:, 1:], tokens[:, 1:])
+    """),
+    "nan_through_padding": Mistake("token_logps", "robustness", "[[nan, nan, nan", """
+        _expect_shape(logits.shape[:2], tokens=tokens)
+        return action_logps(logits[:, :-1], tokens[:, 1:])
+    """),
+    "mean_for_sum": Mistake("sequence_logps", "equation", "the mean over response tokens", """
+        return (logps * mask).sum(-1) / mask.sum(-1)
+    """),
+    "mask_off_by_one": Mistake("sequence_logps", "equation", "one column too far right", """
+        return (logps[:, 1:] * mask[:, :-1]).sum(-1)
+    """),
+    "eos_unscored": Mistake("sequence_logps", "equation", "EOS is not scored", """
+        return (logps[:, :-1] * mask[:, 1:] * mask[:, :-1]).sum(-1)
+    """),
+    "mask_times": Mistake("sequence_logps", "robustness", "got [nan]", """
+        return (logps * mask).sum(-1)
+    """),
+    "swapped": Mistake("dpo_loss", "equation", "chosen and rejected are swapped", """
+        chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+        return -F.logsigmoid(beta * (rejected - chosen))
+    """),
+    "beta_twice": Mistake("dpo_loss", "equation", "beta is applied twice", """
+        chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+        return -F.logsigmoid(beta * (beta * chosen - beta * rejected))
+    """),
+    "no_reference": Mistake("dpo_loss", "equation", "the reference is not subtracted", """
+        return -F.logsigmoid(beta * (policy_chosen - policy_rejected))
+    """),
+    "reference_not_detached": Mistake("dpo_loss", "robustness", "no gradient of reference", """
+        chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+        return -F.logsigmoid(beta * (chosen - rejected))
+    """),
+    "log_of_sigmoid": Mistake("dpo_loss", "robustness", "log(sigmoid(x))", """
+        chosen = policy_chosen - ref_chosen.detach()
+        rejected = policy_rejected - ref_rejected.detach()
+        return -torch.log(torch.sigmoid(beta * (chosen - rejected)))
+    """),
+    "log_softmax_first": Mistake("soft_value", "equation", "log_softmax before logsumexp", """
+        return beta * logits.log_softmax(-1).logsumexp(-1)
+    """),
+    "divided_by_beta": Mistake("soft_value", "equation", "logits are already Q/beta", """
+        return beta * (logits / beta).logsumexp(-1)
+    """),
+    "prompt_scored": Mistake("implicit_value", "equation", "prompt and padding are counted", """
+        return beta * F.pad((teacher_logps - teacher_ref_logps).cumsum(-1), (1, 0))
+    """),
+    "one_state_early": Mistake("implicit_value", "equation", "one state early", """
+        return beta * F.pad(((teacher_logps - teacher_ref_logps) * mask).cumsum(-1), (0, 1))
+    """),
+    "gamma_on_wrong_state": Mistake("shaping", "equation", "gamma is on Phi(s_t)", """
+        last = mask & ~F.pad(mask, (0, 1))[:, 1:]
+        potential, following = values[:, :-1], values[:, 1:]
+        end = {"zero": potential * 0, "hold": potential, "value": following}[terminal]
+        return (torch.where(last, end, following) - gamma * potential) * mask
+    """),
+    "terminal_from_padding": Mistake("shaping", "equation", "taken from the last column", """
+        phi = values.clone()
+        phi[:, -1] = {"zero": phi[:, -1] * 0, "hold": phi[:, -2], "value": phi[:, -1]}[terminal]
+        return (gamma * phi[:, 1:] - phi[:, :-1]) * mask
+    """),
+    "terminal_ignored": Mistake("shaping", "equation", "`terminal` has no effect", """
+        return (gamma * values[:, 1:] - values[:, :-1]) * mask
+    """),
+    "plus": Mistake("tvkd_loss", "equation", "a plus before alpha", """
+        chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+        return -F.logsigmoid(beta * (chosen - rejected) + alpha * (psi_chosen - psi_rejected))
+    """),
+    "beta_on_psi": Mistake("tvkd_loss", "equation", "beta scales psi too", """
+        chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+        return -F.logsigmoid(beta * (chosen - rejected - alpha * (psi_chosen - psi_rejected)))
+    """),
+    "psi_not_detached": Mistake("tvkd_loss", "robustness", "no gradient of psi", """
+        chosen = policy_chosen - ref_chosen.detach()
+        rejected = policy_rejected - ref_rejected.detach()
+        return -F.logsigmoid(beta * (chosen - rejected) - alpha * (psi_chosen - psi_rejected))
+    """),
+    "other_direction": Mistake("kd_loss", "equation", "the other direction", """
+        student = student_logits[:, :-1][mask].log_softmax(-1)
+        teacher = teacher_logits[:, :-1][mask].log_softmax(-1)
+        return (student.exp() * (student - teacher)).sum(-1).mean()
+    """),
+    "shifted_logits": Mistake("kd_loss", "equation", "the logits are shifted", """
+        student = student_logits[:, 1:][mask].log_softmax(-1)
+        teacher = teacher_logits[:, 1:][mask].log_softmax(-1)
+        return (teacher.exp() * (teacher - student)).sum(-1).mean()
+    """),
+    "mean_of_rows": Mistake("nll_loss", "equation", "the mean of the rows' means", """
+        return -((logps * mask).sum(-1) / mask.sum(-1)).mean()
+    """),
+    "padding_scored": Mistake("nll_loss", "equation", "prompt and padding are scored", """
+        return -logps.mean()
+    """),
+}
+
+# The equations and nothing else: all points for the equation, few for robustness.
+NAIVE = {
+    "action_logps": "return logits.log_softmax(-1).gather(-1, actions[..., None])[..., 0]",
+    "token_logps": "return action_logps(logits[:, :-1], tokens[:, 1:])",
+    "sequence_logps": "return (logps * mask).sum(-1)",
+    "dpo_loss": """
+        ratio = policy_chosen - ref_chosen - (policy_rejected - ref_rejected)
+        return -torch.log(torch.sigmoid(beta * ratio))
+    """,
+    "soft_value": "return beta * logits.logsumexp(-1)",
+    "implicit_value": """
+        ratios = (teacher_logps - teacher_ref_logps) * mask
+        return beta * torch.cat([torch.zeros_like(ratios[:, :1]), ratios.cumsum(-1)], -1)
+    """,
+    "shaping": """
+        psi = torch.zeros_like(values[:, 1:])
+        for row in range(len(mask)):
+            actions = mask[row].nonzero().flatten().tolist()
+            for t in actions:
+                following = values[row, t + 1]
+                if t == actions[-1] and terminal != "value":
+                    following = values[row, t] if terminal == "hold" else 0.0
+                psi[row, t] = gamma * following - values[row, t]
+        return psi
+    """,
+    "tvkd_loss": """
+        ratio = policy_chosen - ref_chosen - (policy_rejected - ref_rejected)
+        return -torch.log(torch.sigmoid(beta * ratio - alpha * (psi_chosen - psi_rejected)))
+    """,
+    "kd_loss": """
+        student = student_logits[:, :-1].log_softmax(-1)
+        teacher = teacher_logits[:, :-1].log_softmax(-1)
+        return ((teacher.exp() * (teacher - student)).sum(-1) * mask).sum() / mask.sum()
+    """,
+    "nll_loss": "return -(logps * mask).sum() / mask.sum()",
+}
+
+
+def solution(source, bodies):
+    """The source of tvkd.py with other bodies: {function: its body}. Docstrings stay."""
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):           # from the end: line numbers stay valid
+        if isinstance(node, ast.FunctionDef) and node.name in bodies:
+            body = textwrap.dedent(bodies[node.name]).strip()
+            lines[node.body[0].end_lineno:node.end_lineno] = textwrap.indent(
+                body, "    ").splitlines()
+    return "\n".join(lines) + "\n"
+
+
+def bodies_of(name):
+    return NAIVE if name == "naive" else {MISTAKES[name].function: MISTAKES[name].body}
+
+
+def main(arguments):
+    if len(arguments) != 1 or arguments[0] not in (*MISTAKES, "naive"):
+        for name, mistake in MISTAKES.items():
+            print(f"{name:24}{mistake.function:16}{mistake.kind}")
+        print(f"{'naive':24}{'all':16}robustness")
+        return int(bool(arguments))
+    source = (ROOT / "tvkd.py").read_text(encoding="utf-8")
+    sys.stdout.write(solution(source, bodies_of(arguments[0])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,336 @@
+"""What a course uses: the assignment, the grader, the wrong solutions and the mutation test.
+
+Exact: which points each wrong solution loses. Not run here: the minutes of `course.mutate`.
+"""
+
+import ast
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import conftest
+import tvkd
+from conftest import ROOT
+from course import mutate
+from course.assignment import FUNCTIONS, KEPT_HELPERS, TOGETHER, exercise
+from course.grader import Grader
+from course.wrong import MISTAKES, bodies_of, solution
+
+SOURCE = (ROOT / "tvkd.py").read_text(encoding="utf-8")
+
+
+def rounds():
+    """The mistakes in few files: the first one of each function, the second one of each, ..."""
+    result = []
+    for name, mistake in MISTAKES.items():
+        free = [r for r in result if mistake.function not in (MISTAKES[n].function for n in r)]
+        if not free:
+            result.append([])
+        (free or result[-1:])[0].append(name)
+    return result
+
+
+ROUNDS = {f"round{i}": names for i, names in enumerate(rounds())}
+ROUND_OF = {name: file for file, names in ROUNDS.items() for name in names}
+
+# file -> (its source, options of the grader)
+JOBS = {name: (solution(SOURCE, bodies_of(name)), [])
+        for name in ("plus", "no_logsumexp", "naive")}
+for file, names in ROUNDS.items():
+    JOBS[file] = solution(SOURCE, {MISTAKES[n].function: MISTAKES[n].body for n in names}), []
+JOBS |= {
+    "right": (SOURCE, []),
+    "empty": (exercise(SOURCE), []),
+    "one_function": (exercise(SOURCE), ["--function=kd_loss"]),
+    "no_such_function": (SOURCE, ["--function=loss"]),
+    "verbose": (JOBS["round0"][0], ["-vv", "--function=dpo_loss"]),    # one v undoes a q
+}
+
+# Grades them in one process. Only `plus` runs the slow tests of the tree.
+GRADE_ALL = """
+import json, sys
+from course import mutate
+mutate.prepare()
+status = {}
+for name, options in json.loads(sys.argv[1]).items():
+    files = ("test_tvkd.py", "test_shaping_invariance.py")[:1 + (name == "plus")]
+    options.append(f"--json={name}.json")
+    status[name] = mutate.grade(name + ".py", name + ".txt", *options, files=files)
+print(json.dumps(status))
+"""
+
+
+class Graded:
+    def __init__(self, folder, name, status):
+        self.status = status
+        self.output = (folder / f"{name}.txt").read_text(encoding="utf-8")
+        record = folder / f"{name}.json"
+        self.record = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
+
+    @property
+    def blocks(self):
+        """What the grader prints about failures: {"kd_loss: equation": text}."""
+        text = self.output.split("\n====")[0]
+        return dict(block.split("\n", 1) for block in text.split("\n---- ")[1:])
+
+    def lost(self, kind):
+        entries = self.record["functions"]
+        return [name for name in FUNCTIONS
+                if entries[name][kind]["points"] < entries[name][kind]["out_of"]]
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("course")
+    for file, (source, _) in JOBS.items():
+        (folder / f"{file}.py").write_text(source, encoding="utf-8")
+    jobs = json.dumps({file: options for file, (_, options) in JOBS.items()})
+    process = subprocess.run([sys.executable, "-c", GRADE_ALL, jobs], cwd=folder, text=True,
+                             capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.returncode == 0, process.stderr
+    statuses = json.loads(process.stdout)
+    return {file: Graded(folder, file, status) for file, status in statuses.items()}
+
+
+# --- the assignment -----------------------------------------------------------------------------
+
+def test_assignment_keeps_the_task_and_drops_the_solution():
+    module = types.ModuleType("my_tvkd")
+    exec(compile(exercise(SOURCE), "my_tvkd.py", "exec"), module.__dict__)
+    assert module.__doc__ == tvkd.__doc__ and not hasattr(module, "_reward_margin")
+    assert all(hasattr(module, name) for name in KEPT_HELPERS)
+    for name in FUNCTIONS:
+        original, given = getattr(tvkd, name), getattr(module, name)
+        assert inspect.signature(given) == inspect.signature(original)
+        assert given.__doc__ == original.__doc__
+        with pytest.raises(NotImplementedError):
+            given(*inspect.signature(given).parameters)
+    lines = exercise(SOURCE).splitlines()
+    comments = [line for line in SOURCE.splitlines() if line.startswith("#")]
+    assert set(comments) <= set(lines)                                  # the equations
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_assignment_has_no_comment_from_a_body():
+    """`# A mean is wrong` in a body would give the solution away. Those of the helpers stay."""
+    tree = ast.parse(exercise(SOURCE))
+    lines = exercise(SOURCE).splitlines()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS:
+            assert lines[node.body[0].end_lineno:node.end_lineno] == [
+                "    raise NotImplementedError"]
+
+
+def test_graded_functions_are_those_of_tvkd():
+    """The public functions of tvkd.py in its order; 20 points for equations, 10 for robustness."""
+    public = [node.name for node in ast.parse(SOURCE).body
+              if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    assert list(FUNCTIONS) == public
+    assert sum(graded.points for graded in FUNCTIONS.values()) == 20
+    assert sum(graded.robustness for graded in FUNCTIONS.values()) == 10
+
+
+# --- the grader ---------------------------------------------------------------------------------
+
+def test_tvkd_itself_gets_all_points(graded):
+    right = graded["right"]
+    assert right.status == 0 and right.record["points"] == right.record["out_of"] == 30
+    assert "30 of 30 points" in right.output and right.blocks == {}
+
+
+def test_the_empty_assignment_gets_none_and_a_short_answer(graded):
+    """No test passes; the table says "not written" ten times and nothing else is printed."""
+    empty = graded["empty"]
+    assert empty.status == 1 and empty.record["points"] == 0 and " passed" not in empty.output
+    assert empty.output.count("not written") == 10
+    assert len(empty.output.splitlines()) < 25
+
+
+def test_a_naive_solution_gets_the_points_for_the_equations(graded):
+    """All 20 for the equations, none of the 10 for robustness; one short message per function."""
+    naive = graded["naive"]
+    assert naive.record["equation"] == 20 and naive.lost("equation") == []
+    assert naive.lost("robustness") == list(FUNCTIONS)
+    assert len(naive.blocks) == 10 and len(naive.output.splitlines()) < 100
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_costs_its_points_and_is_named(graded, name):
+    """The equation's points where the equation is wrong; only robustness where it is right."""
+    mistake, result = MISTAKES[name], graded[ROUND_OF[name]]
+    assert mistake.function in result.lost(mistake.kind)
+    assert (mistake.function in result.lost("equation")) == (mistake.kind == "equation")
+    block = result.blocks[f"{mistake.function}: {mistake.kind}"]
+    assert mistake.message in block
+    assert f"equation   {FUNCTIONS[mistake.function].equation}\n" in block
+
+
+@pytest.mark.parametrize("file", ["plus", "no_logsumexp", *ROUNDS])
+def test_a_mistake_costs_points_of_its_function_alone(graded, file):
+    """One message per wrong function, exit status 1, and the others keep all points. token_logps
+    calls action_logps: a wrong action_logps does not count against it."""
+    wrong = {MISTAKES[name].function for name in ROUNDS.get(file, [file])}
+    result = graded[file]
+    assert result.status == 1 and result.record["complete"]
+    assert {*result.lost("equation"), *result.lost("robustness")} == wrong
+    assert [key.split(":")[0] for key in result.blocks] == [f for f in FUNCTIONS if f in wrong]
+
+
+def test_what_a_student_reads_about_a_plus_sign(graded):
+    """beta 1, alpha 1/2, log-ratios ln 4 and ln 2, psi ln 4 and 0: margin ln 2 - ln 2 = 0, loss
+    ln 2 = 0.693147; with the plus ln 4, loss ln(1 + 1/4) = 0.223144. 20 + 10 - 3 - 1 = 26."""
+    plus = graded["plus"]
+    assert re.search(r"input      tvkd_loss\(policy_chosen=\[-3.613706\], .*, alpha=0.5\)\n"
+                     r"result     expected \[0.693147\]\n +got \[0.223144\]\n", plus.output)
+    assert "test       test_tvkd_by_hand[0.5" in plus.output
+    assert plus.record["equation"] == 17 and "26 of 30 points" in plus.output
+    message = plus.record["functions"]["tvkd_loss"]["equation"]["message"]
+    assert message.startswith("test_tvkd_by_hand[0.5") and "a plus before alpha" in message
+    together = plus.record["functions"][TOGETHER]["equation"]
+    assert 0 < together["passed"] < together["tests"] and together["out_of"] == 0
+
+
+def test_one_function_of_an_unfinished_file(graded):
+    """--function=kd_loss runs kd_loss's tests, not tvkd_loss's or dpo_loss's; no total is printed.
+    A function that is not written yet then gets its message, with the line that raised."""
+    result = graded["one_function"]
+    assert result.status == 1 and not re.search("^total", result.output, re.MULTILINE)
+    assert not result.record["complete"]
+    assert re.search(r"^kd_loss +0 of +2 +\(0 of 1\) .* not written$", result.output, re.MULTILINE)
+    assert re.search(r"^tvkd_loss .* not run$", result.output, re.MULTILINE)
+    line = int(re.search(r"^line +one_function.py:(\d+)$", result.output, re.MULTILINE)[1])
+    assert JOBS["empty"][0].splitlines()[line - 1] == "    raise NotImplementedError"
+    assert "--function: expected one of action_logps, " in graded["no_such_function"].output
+
+
+def test_verbose_shows_every_failure(graded):
+    result = graded["verbose"]
+    assert result.output.count("\n---- ") == int(re.search(r"(\d+) failed", result.output)[1]) > 1
+
+
+@pytest.mark.parametrize("text, message", [
+    (None, "expected a Python file, got .*solution.py: no such file"),
+    ("def f(:", "solution.py cannot be imported: SyntaxError: invalid syntax"),
+    ("import torch\n1 / 0", "solution.py cannot be imported: ZeroDivisionError: division by zero"),
+])
+def test_a_file_that_cannot_be_graded(tmp_path, monkeypatch, text, message):
+    """One line, and 0 points with the same line in the file of --json."""
+    monkeypatch.setitem(sys.modules, "tvkd", tvkd)                      # restored afterwards
+    if text:
+        (tmp_path / "solution.py").write_text(text)
+    with pytest.raises(pytest.UsageError, match=message) as error:
+        Grader(tmp_path / "solution.py", json_path=tmp_path / "points.json")
+    assert "\n" not in str(error.value)
+    record = json.loads((tmp_path / "points.json").read_text())
+    assert (record["points"], record["out_of"], record["complete"]) == (0, 30, False)
+    assert record["error"] == str(error.value)
+
+
+def test_a_missing_function_fails_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tvkd", tvkd)
+    monkeypatch.setitem(sys.modules, "reference_tvkd", tvkd)
+    text = SOURCE.replace("def shaping(", "def shapping(")
+    (tmp_path / "solution.py").write_text(text, encoding="utf-8")
+    assert Grader(tmp_path / "solution.py").missing == ["shaping"]
+    with pytest.raises(NotImplementedError, match="solution.py has no function shaping"):
+        sys.modules["tvkd"].shaping()
+
+
+@pytest.mark.parametrize("option", ["--function", "--json"])
+def test_options_of_the_grader_need_impl(option):
+    config = types.SimpleNamespace(getoption={option: "x"}.get, addinivalue_line=print)
+    with pytest.raises(pytest.UsageError, match=f"{option}: expected --impl=FILE beside it"):
+        conftest.pytest_configure(config)
+
+
+def test_close_says_what_differs():
+    """A shape, a value with the mistake that has it, and NaN, which is close to nothing."""
+    with pytest.raises(AssertionError, match=r"got \[1.0\] \(shape \(1,\), expected \(\)\)"):
+        conftest.close(torch.ones(1), 1.0)
+    with pytest.raises(AssertionError) as error:
+        conftest.close(torch.tensor(2.0), 1.0, mistakes={"one too many": 2, "a zero": 0})
+    assert str(error.value) == "expected 1.0\n     got 2.0\nlikely mistake: one too many"
+    for got, expected in ((math.nan, 0.0), (math.nan, math.nan), (0.0, math.nan)):
+        with pytest.raises(AssertionError):
+            conftest.close(got, expected)
+    conftest.close(torch.tensor([1.0, 2.0]), [1.0, 2.0 + 1e-7])
+
+
+def test_each_test_calls_the_function_it_is_marked_with_alone():
+    """So a wrong function fails no other's tests. A test without a mark is not graded: it calls
+    none, or it checks the texts in ERRORS."""
+    for file in ("test_tvkd.py", "test_shaping_invariance.py"):
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                marks = [ast.unparse(mark.args[0]).strip("'") for mark in node.decorator_list
+                         if ast.unparse(mark.func).endswith("points")]
+                if marks not in (["TOGETHER"], [TOGETHER]):
+                    assert called(node) == set(marks), node.name
+            if isinstance(node, ast.Tuple) and len(node.elts) == 3:     # a row of ERRORS or MASKS
+                name, call, _ = node.elts
+                if isinstance(call, ast.Lambda):
+                    assert called(call) == {name.value}
+
+
+def called(node):
+    names = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+    return names & set(FUNCTIONS)
+
+
+# --- the mutation test --------------------------------------------------------------------------
+
+def test_mutants():
+    """Enough of them, no two alike, in every function; all compile; every reason in EQUIVALENT
+    belongs to a mutant that exists."""
+    mutants = mutate.mutants(SOURCE)
+    assert len(mutants) >= 60
+    assert len({mutant.source for mutant in mutants} | {SOURCE}) == len(mutants) + 1
+    assert set(FUNCTIONS) <= {mutant.function for mutant in mutants}
+    for mutant in mutants:
+        compile(mutant.source, "mutant.py", "exec")
+    assert set(mutate.EQUIVALENT) <= {(mutant.before, mutant.after) for mutant in mutants}
+
+
+def test_mutants_of_two_lines():
+    """Every change of `return -(x - y.detach())`, by the list at the top of course/mutate.py."""
+    source = "def f(x, y):\n    return -(x - y.detach())\n"
+    assert {mutant.after for mutant in mutate.mutants(source)} == {
+        "return -(-(x - y.detach()))",          # the whole result
+        "return (x - y.detach())",              # the unary minus
+        "return -((x + y.detach()))",           # the operator
+        "return -(x - (y))",                    # the .detach()
+    }
+
+
+# --- course/*.md --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("page", ["exercises.md", "instructors.md"])
+def test_names_on_the_pages_exist(page):
+    """Every test, option, module and file that the pages name is there."""
+    text = (ROOT / "course" / page).read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+    options = re.findall(r"^    (\w+): \w+ = option\(", (ROOT / "harness" / "options.py").read_text(
+        encoding="utf-8"), re.MULTILINE)
+    allowed = {*options, "impl", "function", "json", "help"}
+    assert len(options) > 30 and set(re.findall(r"--([a-z]\w*)", text)) <= allowed
+    for module in re.findall(r"python -m ([a-z]+\.\w+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+    for file in re.findall(r"`((?:\w+/)+\w+\.\w+)`", text):
+        assert (ROOT / file).is_file(), file
+
+
+def test_exercises_are_numbered():
+    text = (ROOT / "course" / "exercises.md").read_text(encoding="utf-8")
+    numbers = re.findall(r"^## (\d+)\.", text, re.MULTILINE)
+    assert numbers == [str(i) for i in range(1, len(numbers) + 1)]
