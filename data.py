@@ -1,4 +1,4 @@
-"""Text -> pairs -> token ids -> padded batch: the toy task, the tokenizer, encode and collate.
+"""Text -> pairs -> token ids -> padded batch: the toy task, encode and collate.
 
 A text item is an Example (prompt, response) for supervised fine-tuning or a Pair (prompt, chosen,
 rejected) for preferences. `encode` turns the strings of an item into lists of token ids; `collate`
@@ -11,22 +11,14 @@ turns rows (prompt ids, response ids) into one batch:
 
 Prompt and response are tokenised separately and joined as ids, so no merge crosses the border
 between them. EOS is appended once, as an id, and it is scored: to stop is an action too.
-Left out: chat templates, data larger than memory. harness/preferences.py reads preference files.
+Left out: tokenizers (harness/tokenizers.py), preference files (harness/preferences.py).
 """
 
-import base64
 import re
-import time
-from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 import torch
-
-END_OF_TEXT = "<|endoftext|>"       # the name of the EOS id; in a text these characters stay text
-SECONDS = 3                         # between two lines of `progress`
 
 
 def printable(text):
@@ -156,90 +148,9 @@ def toy_splits(train, val, test, seed, label_reward=None):
     return Splits(sft, pairs[:train], pairs[train:train + val], pairs[train + val:])
 
 
-# --- the tokenizer: always a tiktoken.Encoding ---------------------------------------------------
-
-# Letters, digits or other signs, with the space before them, or a run of spaces. No token reaches
-# from one of these pieces into the next.
-PIECES = r" ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
-LEARNED_FROM = 300_000      # characters of training text; more would hardly change the vocabulary
-PART = 100_000              # characters encoded at once: tiktoken panics on a million spaces
-
-
-def learn_tokenizer(items, vocab_size):
-    """Learn byte-pair merges from text items -> tiktoken.Encoding of at most `vocab_size` ids.
-
-    Starts from the 256 bytes and joins the most frequent pair of neighbours until the vocabulary
-    is full, EOS included, or every piece is one token. (The trainer in tiktoken._educational does
-    the same, but fails on a small text that has no pair left.)
-    """
-    if vocab_size < 257:
-        raise UserError(f"--vocab_size: expected at least 257 (bytes and EOS), got {vocab_size}")
-    text = "\n".join(part for item in items for part in item[:3])[:LEARNED_FROM]
-    # [:1000]: merging within a piece takes time quadratic in its length
-    pieces = [([bytes([b]) for b in piece[:1000].encode()], n)
-              for piece, n in Counter(re.findall(PIECES, text)).items()]
-    ranks, pairs = {bytes([b]): b for b in range(256)}, Counter()
-    for parts, n in pieces:
-        count_pairs(pairs, parts, n)
-    while len(ranks) < vocab_size - 1 and any(pairs.values()):
-        left, right = max(pairs, key=pairs.get)         # ties: the first one, so always the same
-        ranks.setdefault(left + right, len(ranks))      # a + aa and aa + a spell the same: one id
-        for parts, n in pieces:
-            if left in parts:
-                count_pairs(pairs, parts, -n)
-                merge(parts, left, right)
-                count_pairs(pairs, parts, n)
-    return _encoding(ranks)
-
-
-def count_pairs(pairs, parts, n):
-    """Add n to the count of every pair of neighbours in parts."""
-    for pair in zip(parts, parts[1:]):
-        pairs[pair] += n
-
-
-def merge(parts, left, right):
-    """Join every `left` with a `right` behind it, in place, from left to right."""
-    i = 0
-    while i < len(parts) - 1:
-        if parts[i] == left and parts[i + 1] == right:
-            parts[i:i + 2] = [left + right]
-        i += 1
-
-
-def named_tokenizer(name):
-    """An encoding that tiktoken knows by name, such as "gpt2"; downloaded at first use."""
-    try:
-        return tiktoken.get_encoding(name)
-    except ValueError:
-        names = ", ".join(tiktoken.list_encoding_names())
-        raise UserError(f"--tokenizer: expected one of {names}, got {name}") from None
-    except OSError as error:
-        raise UserError(f"--tokenizer: {name} could not be downloaded ({type(error).__name__}); "
-                        f"fetch it once where there is a network and set TIKTOKEN_CACHE_DIR to the "
-                        f"folder that holds it, or leave --tokenizer out") from None
-
-
-def tokenizer_text(tokenizer):
-    """A vocabulary in tiktoken's own text format: a line `base64(bytes) rank` for each token."""
-    tokens = (tokenizer.decode_single_token_bytes(rank) for rank in range(tokenizer.eot_token))
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n"
-                   for rank, token in enumerate(tokens))
-
-
-def load_tokenizer(path):
-    """Read a file of `tokenizer_text` -> tiktoken.Encoding."""
-    # Not tiktoken.load.load_tiktoken_bpe: it caches by path and would miss a rewritten file.
-    lines = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines()]
-    return _encoding({base64.b64decode(token): int(rank) for token, rank in lines})
-
-
-def _encoding(ranks):
-    return tiktoken.Encoding("learned", pat_str=PIECES, mergeable_ranks=ranks,
-                             special_tokens={END_OF_TEXT: len(ranks)})
-
-
 # --- text -> ids -> batch ------------------------------------------------------------------------
+
+PART = 100_000      # characters encoded at once: tiktoken panics on a million spaces
 
 def encode(items, tokenizer, block_size):
     """Text items -> (the items that fit, the same as ids with EOS, how many prompts were cut).
@@ -250,7 +161,7 @@ def encode(items, tokenizer, block_size):
     """
     fitting, encoded, n_cut = [], [], 0
     same = {}           # equal ids share one int object: 8 bytes a token instead of 40
-    for item in progress(items, "tokenised"):
+    for item in items:
         ids = []
         for text in item[:3]:                           # a Pair's values are not text
             parts = (text[start:start + PART] for start in range(0, len(text), PART))
@@ -265,18 +176,6 @@ def encode(items, tokenizer, block_size):
             fitting.append(item)
             encoded.append(type(item)(prompt[-room:], *responses, *item[3:]))
     return fitting, encoded, n_cut
-
-
-def progress(items, what):
-    """Yield the items; every SECONDS print how many there were and how fast they come."""
-    start = printed = time.perf_counter()
-    for count, item in enumerate(items, 1):
-        yield item
-        now = time.perf_counter()
-        if now - printed >= SECONDS:
-            unit, printed = f"{type(item).__name__.lower()}s", now
-            rate = count / (now - start)
-            print(f"  {printable(what)}: {count:,} {unit}, {rate:,.0f} {unit}/s", flush=True)
 
 
 def collate(rows):

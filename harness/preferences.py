@@ -7,13 +7,15 @@ model would see. Fields of any other name (an id, a source, scores) are not read
 
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from data import Example, Pair, Splits, UserError, progress
+from data import Example, Pair, Splits, UserError, printable
 
+SECONDS = 3                 # between two lines of `progress`
 TEXTS = ("prompt", "chosen", "rejected")
 VALUES = ("chosen_value", "rejected_value")
 LARGEST_VALUE = 1e30        # float32 ends at 3e38; a sum of two must fit as well
@@ -26,19 +28,31 @@ LAYOUTS = ('"prompt", "chosen" and "rejected" as strings or as message lists, or
            'transcripts that begin with the prompt')
 
 
-def load_pairs(path):
+def progress(items, what):
+    """Yield the items; every SECONDS print how many there were and how fast they come."""
+    start = printed = time.perf_counter()
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if now - printed >= SECONDS:
+            unit, printed = f"{type(item).__name__.lower()}s", now
+            rate = count / (now - start)
+            print(f"  {printable(what)}: {count:,} {unit}, {rate:,.0f} {unit}/s", flush=True)
+
+
+def load_pairs(path, with_values=False):
     """Read a JSONL file of preferences -> list of Pairs of text, one for every line not blank.
 
     The file is read once, from start to end. Raises UserError for the first line that is not a
-    pair in one of the layouts.
+    pair in one of the layouts, or that has no values where with_values asks for them.
     """
     try:
-        # Opening a pipe that nobody writes to would wait for ever.
+        # Opening a pipe that nobody writes to would wait forever.
         if Path(path).exists() and not Path(path).is_file():
             raise UserError(f"{path}: expected a readable JSONL file, "
                             "got a folder, a pipe or a device")
         with open(path, "rb") as file:          # as bytes, lines end at \n and nowhere else
-            pairs = list(progress(_pairs(path, file), path))
+            pairs = list(progress(_pairs(path, file, with_values), path))
     except OSError as error:
         raise UserError(f"{path}: expected a readable JSONL file, got: {error.strerror}") from None
     if not pairs:
@@ -46,11 +60,15 @@ def load_pairs(path):
     return pairs
 
 
-def _pairs(path, file):
+def _pairs(path, file, with_values):
     for number, line in enumerate(file, 1):
         line = line.removeprefix(b"\xef\xbb\xbf").rstrip()          # a byte-order mark is not text
         if line:
-            yield _parse_line(path, number, line)
+            pair = _parse_line(path, number, line)
+            if with_values and pair.values is None:
+                raise UserError(f'{path}:{number}: expected "{VALUES[0]}" and "{VALUES[1]}", which '
+                                "--value=given reads, got a row without")
+            yield pair
 
 
 def _parse_line(path, number, line):

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import data
 from data import UserError
-from harness.preferences import split_pairs
+from harness.preferences import progress, split_pairs
+from harness.tokenizers import learn_tokenizer, named_tokenizer
 
 
 class Task(NamedTuple):
@@ -25,16 +26,16 @@ def load_task(config, seed, pairs=None):
         texts = split_pairs(pairs, *sizes, seed)
         lines += count_oddities(config.data, pairs, texts)
     if config.tokenizer:
-        tokenizer = data.named_tokenizer(config.tokenizer)
+        tokenizer = named_tokenizer(config.tokenizer)
     else:
-        tokenizer = data.learn_tokenizer(texts.train, config.vocab_size)
+        tokenizer = learn_tokenizer(texts.train, config.vocab_size)
     fitting, ids = [], []
     for name, items in texts._asdict().items():
-        kept_items, encoded, cut = data.encode(items, tokenizer, config.block_size)
+        fits, encoded, cut = data.encode(progress(items, "tokenised"), tokenizer, config.block_size)
         if not encoded:
             raise UserError(f"--block_size: expected room for a prompt and a response ({name}), "
                             f"got {config.block_size}")
-        fitting.append(kept_items)
+        fitting.append(fits)
         ids.append(encoded)
         unit, dropped = "rows" if name == "sft" else "pairs", len(items) - len(encoded)
         lines.append(f"  {name}: {len(encoded)} of {len(items)} {unit}; {cut} with the prompt cut "
@@ -44,9 +45,6 @@ def load_task(config, seed, pairs=None):
     if config.student_pairs > len(task.ids.train):
         raise UserError(f"--student_pairs: expected at most the {len(task.ids.train)} training "
                         f"pairs, got {config.student_pairs}")
-    if "given" in config.value and any(pair.values is None for pair in task.ids.train):
-        raise UserError('--value=given: expected "chosen_value" and "rejected_value" in every row '
-                        f"of {config.data}, got rows without")
     print("\n".join(lines))
     return task
 

@@ -1,10 +1,6 @@
-"""data.py: rewards by hand, the four layouts, masks by hand-written ids, and what bad input is told."""
+"""data.py: rewards, merges and masks by hand. Files: tests/system/test_preferences.py."""
 
-import itertools
-import json
 import re
-import time
-import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,320 +9,301 @@ import tiktoken
 import torch
 
 import data
-from data import UserError, Pair, Row, collate, encode, learn_tokenizer, parse_pair, reward
+from data import Example, Pair, UserError, collate, encode, reward, reward_parts
+from harness import tokenizers
+from harness.tokenizers import learn_tokenizer
 
 PROMPT = "Describe the cat: red, small, fast, old."
-BYTES = tiktoken.Encoding("bytes", pat_str=data.PIECES, mergeable_ranks={bytes([b]): b for b in range(256)},
-                          special_tokens={data.END_OF_TEXT: 256})
+BYTES = tiktoken.Encoding("bytes", pat_str=tokenizers.PIECES,
+                          mergeable_ranks={bytes([b]): b for b in range(256)},
+                          special_tokens={tokenizers.END_OF_TEXT: 256})
 
 
-# --- the toy task ----------------------------------------------------------------------------------------------------------
+# --- the toy task --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("response, score", [
-    ("The cat is red and small.", 3),                                           # thing 1, facts 1 + 1
-    (" The cat is red, small, fast and old.", 5),                               # 1 + 4
-    ("Of course! The cat is red, small, fast and old. Have a nice day.", 6),    # the best answer
-    ("Ugh, fine. The cat is red and small. Now go away.", 2),                   # 3 - 1/2 - 1/2
-    ("With pleasure. The cat is red and big.", 1.5),                            # 1 + 1 - 1 + 1/2
-    ("The cat is red, red and red.", 0),                                        # 1 + 1 - 1 - 1: repeats
-    ("The dog is red and small.", 1),                                           # -1 + 2
-    ("The cat and the dog, red.", 1),                                           # 1 - 1 + 1
-    ("It is red.", 0),                                                          # 1, no thing -1
-    ("", -1),
-    ("The cat is red. Of course!", 2),                                          # an opening at the end earns nothing
+@pytest.mark.parametrize("response, facts, manners", [
+    ("The cat is red and small.", 3, 0),                            # thing 1, facts 1 + 1
+    (" The cat is red, small, fast and old.", 5, 0),                # 1 + 4
+    ("Of course! The cat is red, small, fast and old. Have a nice day.", 5, 1),     # the best: 6
+    ("With pleasure. The cat is red and big.", 1, 0.5),             # 1 + 1 - 1
+    ("The cat is red, red and red.", 0, 0),                         # 1 + 1 - 1 - 1: repeats
+    ("The dog is red and small.", 1, 0),                            # -1 + 2
+    ("The cat and the dog, red.", 1, 0),                            # 1 - 1 + 1: a further thing
+    ("It is red.", 0, 0),                                           # 1, and no thing: -1
+    ("", -1, 0),
+    ("Of course! Now go away.", -1, 0),                             # + 1/2 - 1/2
+    ("The cat is red. Of course!", 2, 0),                           # no opening: it stands last
+    ("Now go away. The cat is red.", 2, 0),                         # no closing: it stands first
 ])
-def test_reward_by_hand(response, score):
-    assert reward(PROMPT, response) == score
+def test_reward_by_hand(response, facts, manners):
+    assert reward_parts(PROMPT, response) == (facts, manners)
+    assert reward(PROMPT, response) == facts + manners
+
+
+@pytest.mark.parametrize("opening, closing, manners", [
+    ("Of course! ", "", 0.5), ("With pleasure. ", "", 0.5),
+    ("Ugh, fine. ", "", -0.5), ("What a dull question. ", "", -0.5),
+    ("", " I hope that helps.", 0.5), ("", " Have a nice day.", 0.5),
+    ("", " Now go away.", -0.5), ("", " Do not ask again.", -0.5),
+    ("What a dull question. ", " Do not ask again.", -1), ("Ugh, fine. ", " Have a nice day.", 0),
+])
+def test_every_phrase_counts_half_a_point(opening, closing, manners):
+    """Around "The cat is red.", whose facts earn 1 + 1 = 2."""
+    response = f" {opening}The cat is red.{closing}"
+    assert reward_parts(PROMPT, response) == (2, manners)
+    assert reward(PROMPT, response) == 2 + manners
 
 
 def test_toy_splits():
-    """No prompt twice, so none in two splits; supervised rows on training prompts only; the same seed gives the same task."""
+    """No prompt twice, so none in two splits; Examples on training prompts only; seeded."""
     splits = data.toy_splits(300, 40, 60, seed=3)
-    assert (len(splits.sft), len(splits.train), len(splits.val), len(splits.test)) == (600, 300, 40, 60)
-    prompts = [pair.prompt for part in (splits.train, splits.val, splits.test) for pair in part]
+    sizes = len(splits.sft), len(splits.train), len(splits.val), len(splits.test)
+    assert sizes == (600, 300, 40, 60)
+    pairs = splits.train + splits.val + splits.test
+    prompts = [pair.prompt for pair in pairs]
     assert len(set(prompts)) == 400
-    assert {row.prompt for row in splits.sft} == set(prompts[:300])
+    assert {example.prompt for example in splits.sft} == set(prompts[:300])
+    assert all(pair.chosen != pair.rejected and pair.values is None for pair in pairs)
     assert splits == data.toy_splits(300, 40, 60, seed=3) != data.toy_splits(300, 40, 60, seed=4)
-    assert all(pair.chosen != pair.rejected for pair in splits.train)
+    with pytest.raises(UserError, match="--test_pairs: expected at most 15552 toy prompts, got 15"):
+        data.toy_splits(15552, 1, 1, seed=0)
+
+
+def test_the_draws_of_a_seed_never_move():
+    """Recorded results belong to a seed, so a seed must go on to mean these texts."""
+    splits = data.toy_splits(2, 1, 1, seed=0)
+    assert splits.sft[0] == Example(
+        "Describe the bird: black, little, slow, ancient.",
+        " With pleasure. The bird is little, ancient, black and slow. Do not ask again.")
+    assert splits.train[1] == Pair(
+        "Describe the house: red, large, sluggish, new.",
+        " Ugh, fine. The house is large, green, new and sluggish. Do not ask again.",
+        " Ugh, fine. The chair is new, little, green and swift.")
+    assert splits.test == [Pair(
+        "Describe the chair: green, huge, fast, new.",
+        " With pleasure. The chair is fast and huge.",
+        " The chair is green, new, huge and swift. Do not ask again.")]
 
 
 def test_toy_corpus_errs_as_stated():
-    """6,000 corpus rows: one fact in three wrong (standard error about 0.004), polite about as often as rude; about one label
-    in seven on the worse response."""
+    """6,000 Examples: one fact in three is wrong (standard error about 0.004) and one thing in ten;
+    as often polite as rude. 3,000 pairs: about one label in seven is on the worse response."""
     splits = data.toy_splits(3000, 1, 1, seed=0)
-    wrong = named = polite = rude = wrong_things = 0
+    wrong_facts = n_facts = wrong_things = polite = rude = 0
     lengths = Counter()
     for prompt, response in splits.sft:
         facts = [word for word in re.findall("[a-z]+", response) if word in data.ALL_FACTS]
         lengths[len(facts)] += 1
+        n_facts += len(facts)
+        wrong_facts += sum(fact not in prompt for fact in facts)
         wrong_things += re.search(r"[Tt]he (\w+) is", response)[1] not in prompt
-        wrong, named = wrong + sum(fact not in prompt for fact in facts), named + len(facts)
-        polite += response.strip().startswith(data.POLITE_OPENINGS) + response.endswith(data.POLITE_CLOSINGS)
-        rude += response.strip().startswith(data.RUDE_OPENINGS) + response.endswith(data.RUDE_CLOSINGS)
-    assert sorted(lengths) == [2, 3, 4] and min(lengths.values()) > 1800                        # a third of 6,000 each
-    assert wrong / named == pytest.approx(1 / 3, abs=0.02) and wrong_things / 6000 == pytest.approx(1 / 10, abs=0.02)
+        text = response.strip()
+        polite += text.startswith(data.POLITE_OPENINGS) + text.endswith(data.POLITE_CLOSINGS)
+        rude += text.startswith(data.RUDE_OPENINGS) + text.endswith(data.RUDE_CLOSINGS)
+    assert sorted(lengths) == [2, 3, 4] and min(lengths.values()) > 1800    # 2,000 of each expected
+    assert wrong_facts / n_facts == pytest.approx(1 / 3, abs=0.02)
+    assert wrong_things / 6000 == pytest.approx(1 / 10, abs=0.02)
     assert polite / rude == pytest.approx(1, abs=0.1)
     worse = sum(reward(p.prompt, p.chosen) < reward(p.prompt, p.rejected) for p in splits.train)
     assert worse / 3000 == pytest.approx(1 / 7, abs=0.02)
 
 
+def share_of_better(pairs, score):
+    """Among pairs whose scores differ by 1: how often the better response is the chosen one."""
+    counts = Counter(score(p.prompt, p.chosen) - score(p.prompt, p.rejected) for p in pairs)
+    return counts[1.0] / (counts[1.0] + counts[-1.0])
+
+
 def test_toy_labels_follow_bradley_terry():
-    """Among pairs whose rewards differ by 1, the better response is chosen with probability sigmoid(1) = 0.731."""
-    pairs = data.toy_splits(6000, 1, 1, seed=1).train
-    differences = [reward(p.prompt, p.chosen) - reward(p.prompt, p.rejected) for p in pairs]
-    counts = Counter(differences)
-    assert counts[1.0] / (counts[1.0] + counts[-1.0]) == pytest.approx(0.731, abs=0.05)
+    """Where the rewards differ by 1, the better is chosen in sigmoid(1) = 0.731 of the pairs."""
+    pairs = data.toy_splits(4000, 1, 1, seed=1).train
+    assert share_of_better(pairs, reward) == pytest.approx(0.731, abs=0.04)
 
 
-# --- preference files ------------------------------------------------------------------------------------------------------
-
-def message(role, content):
-    return {"role": role, "content": content}
+def manners_of(prompt, response):
+    return reward_parts(prompt, response)[1]
 
 
-CONVERSATION = [message("system", "Be kind."), message("user", "Hi"), message("assistant", "Hello"), message("user", "Why?")]
-AS_TEXT = "\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
-HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
+def test_toy_labels_by_another_reward():
+    """Labelled by manners: the same Examples and responses in the same order, only who is chosen
+    differs, in sigmoid(1) = 0.731 of the pairs the politer one where manners differ by 1."""
+    full = data.toy_splits(2000, 30, 30, seed=1)
+    polite = data.toy_splits(2000, 30, 30, seed=1, label_reward=manners_of)
+    assert polite.sft == full.sft
+    for part, other in zip(full[1:], polite[1:]):
+        assert part != other
+        for pair, again in zip(part, other, strict=True):
+            assert again.prompt == pair.prompt and {*again[1:3]} == {*pair[1:3]}
+    assert share_of_better(polite.train, manners_of) == pytest.approx(0.731, abs=0.04)
 
 
-@pytest.mark.parametrize("record, pair", [
-    ({"prompt": "2+2=", "chosen": "4", "rejected": "5", "id": 7}, Pair("2+2=", "4", "5")),
-    ({"prompt": CONVERSATION, "chosen": [message("assistant", "So.")], "rejected": [message("assistant", "No.")]},
-     Pair(AS_TEXT, " So.", " No.")),
-    ({"chosen": CONVERSATION + [message("assistant", "So.")], "rejected": CONVERSATION + [message("assistant", "No.")]},
-     Pair(AS_TEXT, " So.", " No.")),
-    ({"chosen": HH + " So.", "rejected": HH + " No."}, Pair(HH, " So.", " No.")),
-    ({"prompt": None, "chosen": HH + " So.", "rejected": HH + " No."}, Pair(HH, " So.", " No.")),
-    ({"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi there"}, Pair("Hi", "Hi you", "Hi there")),   # strings are not compared
-    # the shared turns end at a turn, not at the last shared character
-    ({"chosen": HH + " Paris is", "rejected": HH + " Paris was"}, Pair(HH, " Paris is", " Paris was")),
-])
-def test_four_layouts(record, pair):
-    assert parse_pair(record) == pair
+def test_toy_labels_by_another_reward_have_their_own_noise():
+    """Labelled by the same reward again: pairs of equal rewards are coin tosses, so independent
+    draws agree on about half of them, where shared draws would agree on all."""
+    first = data.toy_splits(2000, 1, 1, seed=0).train
+    again = data.toy_splits(2000, 1, 1, seed=0, label_reward=reward).train
+    agree = [pair == other for pair, other in zip(first, again)
+             if reward(pair.prompt, pair.chosen) == reward(pair.prompt, pair.rejected)]
+    assert len(agree) > 100 and sum(agree) / len(agree) == pytest.approx(0.5, abs=0.15)
 
 
-@pytest.mark.parametrize("record, said", [
-    ([1, 2], "expected a JSON object, got list"),
-    ({"prompt": "a", "chosen": "b"}, 'expected a field "rejected"'),
-    ({"prompt": None, "chosen": "b", "rejected": "c"}, 'expected a field "prompt"'),
-    ({"prompt": "a", "chosen": 3, "rejected": "c"}, "got prompt as str, chosen as int, rejected as str"),
-    ({"prompt": "a", "chosen": " \n", "rejected": "c"}, 'expected text in "chosen", got an empty one'),
-    ({"prompt": "", "chosen": "b", "rejected": "c"}, 'expected text in "prompt"'),
-    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "got the same response twice"),
-    ({"prompt": "a", "chosen": "\ud800", "rejected": "b"}, "half of a surrogate pair"),
-    ({"chosen": "b", "rejected": "c"}, 'expected a field "prompt"'),                            # no prompt anywhere
-    ({"prompt": HH, "chosen": HH + " So.", "rejected": HH + " No."}, "expected the prompt once"),
-    ({"prompt": CONVERSATION, "chosen": CONVERSATION + [message("assistant", "So.")],
-      "rejected": CONVERSATION + [message("assistant", "No.")]}, "expected the prompt once"),
-    ({"prompt": [{"role": ["user"], "content": "a"}], "chosen": [message("assistant", "x")], "rejected": [message("assistant", "y")]},
-     'expected "prompt" as messages'),
-    ({"prompt": ["a\nb"], "chosen": [message("assistant", "x")], "rejected": [message("assistant", "y")]}, r"got 'a\nb'"),
-    ({"chosen": HH + " So.", "rejected": " No."}, "share the prompt"),                          # prompt in one of the two
-    ({"chosen": CONVERSATION + [message("assistant", "So.")], "rejected": [message("assistant", "No.")]}, "share the prompt"),
-    ({"chosen": HH + " So.\n\nHuman: And?\n\nAssistant: Well.", "rejected": HH + " No."}, "share the prompt"),
-    ({"chosen": [], "rejected": []}, "share the prompt"),
-    ({"chosen": [message("user", "a"), message("user", "b")], "rejected": [message("user", "a"), message("user", "c")]},
-     "the assistant's answer"),
-    ({"prompt": CONVERSATION, "chosen": [message("tool", "x")], "rejected": [message("assistant", "y")]}, 'expected "chosen" as messages'),
-    ({"prompt": ["Hi"], "chosen": [message("assistant", "x")], "rejected": [message("assistant", "y")]}, 'expected "prompt" as messages'),
-])
-def test_bad_records(record, said):
-    with pytest.raises(UserError, match=re.escape(said)):
-        parse_pair(record)
-
-
-GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
-
-
-@pytest.mark.parametrize("content, said", [
-    (GOOD + b"\n" + GOOD + b'{"prompt": \n', ":4: expected one JSON object in UTF-8, got: Expecting value"),
-    (b"\xff\xfe" + GOOD, ":1: expected one JSON object in UTF-8, got: 'utf-8' codec"),
-    (GOOD + b"[" * 100_000 + b"\n", ":2: expected one JSON object"),
-    (GOOD + b'{"prompt": "a", "chosen": "b"}\n', ':2: expected a field "rejected"'),
-    (b'{"a": \r\n' + GOOD, ":1: expected one JSON object in UTF-8, got: Expecting value at column 6"),
-    (b'{"a": "\t"}', ":1: expected one JSON object in UTF-8, got: Invalid control character at column 8"),
-    (GOOD[:-2] + b', "chosen": "d"}\n', ":1: expected a field once in an object, got 'chosen' again"),
-    (b"", ": expected at least one preference pair"),
-    (None, ": expected a readable JSONL file, got: No such file or directory"),
-])
-def test_load_pairs_names_file_and_line(tmp_path, content, said):
-    path = tmp_path / "pairs.jsonl"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        data.load_pairs(path)
-    assert str(error.value).startswith(f"{path}{said}") and "\n" not in str(error.value)
-
-
-def test_load_pairs_reads_windows_files(tmp_path):
-    """Byte-order mark, CRLF, a blank line, an accent: two pairs, text unchanged."""
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + (GOOD + b"\n" + json.dumps({"prompt": "é", "chosen": "b", "rejected": "c"}, ensure_ascii=False)
-                                        .encode()).replace(b"\n", b"\r\n"))
-    assert data.load_pairs(path) == [Pair("a", "b", "c"), Pair("é", "b", "c")]
-
-
-def test_load_pairs_splits_at_line_feeds_alone(tmp_path):
-    """U+2028, U+0085 and a form feed end a line for str.splitlines and, some of them, for json; here they are text."""
-    path, odd = tmp_path / "pairs.jsonl", Pair("a\u2028b", "c\x85d", "e\x0cf")
-    line = json.dumps(odd._asdict(), ensure_ascii=False).encode()
-    path.write_bytes(line + b"\r\n" + line + b"\n{")
-    with pytest.raises(UserError, match=re.escape(f"{path}:3: ")):
-        data.load_pairs(path)
-    path.write_bytes(line + b"\r\n" + line)
-    assert data.load_pairs(path) == [odd, odd]
-
-
-def test_memory_of_a_long_file(tmp_path):
-    """4,000 pairs of 962 bytes and about 700 ids: the text takes 1.1 times its bytes and never twice; an id takes 8 bytes, since
-    equal ids are one int (each an int of its own: 40)."""
-    path, sizes = tmp_path / "pairs.jsonl", torch.randint(100, 1000, (4000, 3, 40), generator=torch.Generator().manual_seed(0))
-    texts = [[" ".join(f"word{i}" for i in part) for part in pair] for pair in sizes.tolist()]
-    path.write_text("".join(json.dumps(Pair(*pair)._asdict()) + "\n" for pair in texts), encoding="utf-8")
-    tokenizer = learn_tokenizer([Row(" ".join(map(str, range(100, 1000))), "word")], 700)
-    tracemalloc.start()
-    pairs = data.load_pairs(path)
-    text, peak = tracemalloc.get_traced_memory()
-    ids = encode(pairs, tokenizer, 2000)[1]
-    both, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert pairs == [Pair(*pair) for pair in texts] and peak < 1.5 * path.stat().st_size
-    count = sum(len(part) for pair in ids for part in pair)
-    assert 8 < (both - text) / count < 9 and count > 4000 * 500
-
-
-def test_progress(tmp_path, monkeypatch, capsys):
-    """A clock that goes on by a second at every look, and 3 seconds between two lines: of 7 pairs the third and the sixth."""
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(GOOD * 7)
-    encode([Row("a", "b")] * 7, BYTES, 64)
-    assert len(data.load_pairs(path)) == 7 and capsys.readouterr().out == ""    # soon done: no progress
-    monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
-    assert len(data.load_pairs(path)) == 7
-    assert capsys.readouterr().out == f"  {path}: 3 pairs, 1 pairs/s\n  {path}: 6 pairs, 1 pairs/s\n"
-    assert len(encode([Row("a", "b")] * 7, BYTES, 64)[1]) == 7
-    assert capsys.readouterr().out == "  tokenised: 3 rows, 1 rows/s\n  tokenised: 6 rows, 1 rows/s\n"
-
-
-def test_split_pairs_by_prompt():
-    """20 pairs on 10 prompts: 4 test and 2 validation pairs, whole prompts only, the rest to train; chosen responses for SFT."""
-    pairs = [Pair(f"p{i % 10}", f"c{i}", f"r{i}") for i in range(20)]
-    splits = data.split_pairs(pairs, 0, 2, 4, seed=0)
-    assert (len(splits.train), len(splits.val), len(splits.test)) == (14, 2, 4)
-    assert sorted(splits.train + splits.val + splits.test) == sorted(pairs)
-    sets = [{p.prompt for p in part} for part in splits[1:]]
-    assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
-    assert splits.sft == [Row(p.prompt, p.chosen) for p in splits.train]
-    assert splits != data.split_pairs(pairs, 0, 2, 4, seed=1)
-    assert len(data.split_pairs(pairs, 5, 2, 4, seed=0).train) == 5
-    for sizes in ((0, 10, 10), (15, 2, 4), (0, 1, 19)):
-        with pytest.raises(UserError, match="expected"):
-            data.split_pairs(pairs, *sizes, seed=0)
-
-
-# --- the tokenizer ---------------------------------------------------------------------------------------------------------
+# --- the tokenizer -------------------------------------------------------------------------------
 
 def test_learned_merges_by_hand():
-    """"aaab aaab ab": pieces aaab, " aaab", " ab". The pair aa stands 2 + 2 - overlaps counted = 4 times, ab 3, so aa is id 256;
-    then aa+a... is a(b): left to right aaab is aa a b, so a+b (3) is 257; then aa+ab (2) is 258, and so on."""
-    tokenizer = learn_tokenizer([Row("aaab aaab ab", "")], 260)
-    assert [tokenizer.decode_single_token_bytes(i) for i in (256, 257, 258)] == [b"aa", b"ab", b"aaab"]
+    """"aaab aaab ab" has the pieces "aaab", " aaab" and " ab".
+
+    aa stands there 2 + 2 = 4 times, ab 1 + 1 + 1 = 3 times, " a" twice: aa becomes id 256.
+    Joined from left to right, aaab is now aa a b, so ab still stands there 3 times: id 257.
+    Now aaab is aa ab, and aa ab stands there twice: id 258. EOS is 259, and 260 ids are full.
+    """
+    tokenizer = learn_tokenizer([Example("aaab aaab ab", "")], 260)
+    learned = [tokenizer.decode_single_token_bytes(i) for i in (256, 257, 258)]
+    assert learned == [b"aa", b"ab", b"aaab"]
     assert tokenizer.eot_token == 259 and tokenizer.n_vocab == 260
     assert tokenizer.encode_ordinary("aaab") == [258]
 
 
-def test_learned_vocabulary_is_a_bijection_and_stops_where_the_text_does():
-    """Runs of one letter can be merged in more than one way; a text of three pieces has no more to learn; both must load."""
-    for text in ("a" * 9 + " " + "a" * 7 + " " + "a" * 5, "hi"):
-        tokenizer = learn_tokenizer([Row(text, " x")], 2000)
-        assert tokenizer.n_vocab < 300
-        assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-    assert tokenizer.encode_ordinary("hi") == [256]
+def test_the_values_of_a_pair_are_not_text():
+    """Only 256 bytes and "ab" can be learned from the texts; 1.5 and 2.5 are not looked at."""
+    tokenizer = learn_tokenizer([Pair("ab", "ab", "ab", (1.5, 2.5))], 300)
+    assert tokenizer.n_vocab == 258 and tokenizer.encode_ordinary("ab") == [256]
+
+
+@pytest.mark.parametrize("text", ["a" * 9 + " " + "a" * 7 + " " + "a" * 5, "hi"])
+def test_learned_vocabulary_is_a_bijection_and_stops_where_the_text_does(text):
+    """Pairs in a run of one letter overlap, and a short text soon has no pair left. In both
+    vocabularies every id has its own bytes."""
+    tokenizer = learn_tokenizer([Example(text, " x")], 2000)
+    assert tokenizer.n_vocab < 300
+    tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.eot_token)]
+    assert len(set(tokens)) == tokenizer.n_vocab - 1
+    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+
+
+def test_smallest_vocabulary():
+    """256 bytes and EOS: "hi" stays two bytes; one id more, and it is one token."""
+    assert learn_tokenizer([Example("hi", " x")], 257).encode_ordinary("hi") == [104, 105]
+    assert learn_tokenizer([Example("hi", " x")], 258).encode_ordinary("hi") == [256]
     with pytest.raises(UserError, match="--vocab_size: expected at least 257"):
-        learn_tokenizer([Row("a", "b")], 256)
+        learn_tokenizer([Example("a", "b")], 256)
 
 
-def test_long_pieces():
-    """A run of 300,000 letters teaches a vocabulary in seconds, not hours, and a million spaces are encoded in parts, where
-    tiktoken at once ends in a panic; the ids give the text back."""
-    began = time.perf_counter()
-    letters = "".join(chr(97 + i) for i in torch.randint(26, (300_000,), generator=torch.Generator().manual_seed(0)).tolist())
-    tokenizer = learn_tokenizer([Row(letters, " x")], 600)
-    assert time.perf_counter() - began < 10
-    for text in (" " * 10 ** 6 + "x", "\n" * 10 ** 6, letters):
-        _, [row], _ = encode([Row(text, "y")], tokenizer, 10 ** 7)
-        assert tokenizer.decode(row.prompt) == text
+def test_a_long_piece_teaches_its_first_1000_characters():
+    """Time is quadratic in a piece. x stands behind the first 1,000 letters, so nothing with x is
+    learned; text beyond the first 300,000 characters is not read, so nothing with y is."""
+    text = "ab" * 500 + "x" * 10_000 + " ab" * 100_000 + " yyyy" * 10
+    tokenizer = learn_tokenizer([Example(text, "y")], 290)
+    tokens = [tokenizer.decode_single_token_bytes(i) for i in range(256, tokenizer.eot_token)]
+    assert b"ab" in tokens and b" ab" in tokens
+    assert not any(b"x" in token or b"y" in token for token in tokens)
+
+
+def test_text_is_encoded_in_parts():
+    """tiktoken panics on a million spaces, so no part is longer than PART; the ids are the text."""
+    parts = []
+    recorder = SimpleNamespace(encode_ordinary=lambda part: parts.append(part) or [], eot_token=0)
+    text = " " * 250_000 + "x"
+    encode([Example(text, "y")], recorder, 64)
+    assert [len(part) for part in parts] == [100_000, 100_000, 50_001, 1]
+    assert "".join(parts) == text + "y"
+    _, [ids], _ = encode([Example(" " * 10 ** 6 + "x", "y")], BYTES, 10 ** 7)
+    assert BYTES.decode(ids.prompt) == " " * 10 ** 6 + "x"
 
 
 def test_round_trip_of_any_text():
     tokenizer = learn_tokenizer(data.toy_splits(50, 1, 1, seed=0).train, 400)
-    for text in ("héllo_wörld  12 日本\x00\n\n \t🙂‿", "שלום", f"a {data.END_OF_TEXT} b", "  ", "’tis"):
+    for text in ("héllo_wörld  12 日本\x00\n\n \t🙂‿", "שלום", "  ", "’tis",
+                 f"a {tokenizers.END_OF_TEXT} b"):
         assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
 
 
 def test_tokenizer_saves_and_loads(tmp_path):
-    tokenizer = learn_tokenizer([Row("aaab aaab ab", "é")], 262)
-    (tmp_path / "t").write_text(data.tokenizer_text(tokenizer), encoding="ascii")
-    loaded = data.load_tokenizer(tmp_path / "t")
+    tokenizer = learn_tokenizer([Example("aaab aaab ab", "é")], 262)
+    (tmp_path / "t").write_text(tokenizers.tokenizer_text(tokenizer), encoding="ascii")
+    loaded = tokenizers.load_tokenizer(tmp_path / "t")
     assert (loaded.n_vocab, loaded.eot_token) == (tokenizer.n_vocab, tokenizer.eot_token)
     assert loaded.encode_ordinary("aaab é ab") == tokenizer.encode_ordinary("aaab é ab")
 
 
 def test_named_tokenizer_errors(tmp_path, monkeypatch):
-    """An unknown name lists the known ones; a download that fails (tests have no network) names TIKTOKEN_CACHE_DIR."""
+    """An unknown name lists the known ones; a download that fails (tests have no network) names
+    TIKTOKEN_CACHE_DIR."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     with pytest.raises(UserError, match="--tokenizer: expected one of .*gpt2.*, got gpt3"):
-        data.named_tokenizer("gpt3")
+        tokenizers.named_tokenizer("gpt3")
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
-        data.named_tokenizer("gpt2")
+        tokenizers.named_tokenizer("gpt2")
 
 
-# --- encode, collate, epochs -----------------------------------------------------------------------------------------------
+# --- encode, collate, epochs ---------------------------------------------------------------------
 
 def test_encode_by_hand():
-    """Bytes are ids; EOS = 256. The prompt "abc" behind the longer response (2 + EOS) fits in 6; in 5 its left end is cut, once
-    for both responses; in 3 nothing of it is left and the pair is not kept."""
-    pair = Pair("abc", "xy", "z")
-    assert encode([pair], BYTES, 6) == ([pair], [Pair([97, 98, 99], [120, 121, 256], [122, 256])], 0)
-    assert encode([pair], BYTES, 5) == ([pair], [Pair([98, 99], [120, 121, 256], [122, 256])], 1)
-    assert encode([Pair("abc", "z", "xy")], BYTES, 5)[1] == [Pair([98, 99], [122, 256], [120, 121, 256])]
-    assert encode([pair, Pair("a", "x", "y")], BYTES, 3) == ([Pair("a", "x", "y")], [Pair([97], [120, 256], [121, 256])], 0)
+    """Bytes are ids; EOS = 256. The longer response takes 2 + EOS = 3 ids. In 6 the prompt "abc"
+    fits beside it; in 5 its left end is cut, once for both responses; in 3 nothing of it is left,
+    and the pair is left out."""
+    pair, short = Pair("abc", "xy", "z"), Pair("a", "x", "y")
+    swapped = Pair("abc", "z", "xy")
+    whole = Pair([97, 98, 99], [120, 121, 256], [122, 256])
+    assert encode([pair], BYTES, 6) == ([pair], [whole], 0)
+    assert encode([pair], BYTES, 5) == ([pair], [whole._replace(prompt=[98, 99])], 1)
+    assert encode([swapped], BYTES, 5)[1] == [Pair([98, 99], [122, 256], [120, 121, 256])]
+    assert encode([pair, short], BYTES, 3) == ([short], [Pair([97], [120, 256], [121, 256])], 0)
+
+
+def test_encode_carries_values_along():
+    pair = Pair("a", "x", "y", (1.5, -2.0))
+    assert encode([pair], BYTES, 9)[1] == [Pair([97], [120, 256], [121, 256], (1.5, -2.0))]
 
 
 def test_end_of_text_in_data_is_text():
     """EOS stands once, at the end, however often its name is written in the text."""
-    _, [row], _ = encode([Row(f"a{data.END_OF_TEXT}", f"b{data.END_OF_TEXT}")], BYTES, 64)
-    assert row.prompt.count(256) == 0 and row.response.count(256) == 1 and row.response[-1] == 256
-    assert bytes(row.response[:-1]).decode() == f"b{data.END_OF_TEXT}"
+    example = Example(f"a{tokenizers.END_OF_TEXT}", f"b{tokenizers.END_OF_TEXT}")
+    _, [ids], _ = encode([example], BYTES, 64)
+    assert ids.prompt.count(256) == 0 and ids.response.count(256) == 1 and ids.response[-1] == 256
+    assert bytes(ids.response[:-1]).decode() == f"b{tokenizers.END_OF_TEXT}"
 
 
 def test_no_merge_crosses_the_border():
-    """" 46" is one token of the learned vocabulary, yet "A: " + "46" keeps the prompt's own ids, and so does "A: " + "$46"."""
-    tokenizer = learn_tokenizer([Row("A: 46 A: 46 A: 46", " 46")], 300)
+    """" 46" is one token of this vocabulary, yet "A: " + "46" keeps the ids of the prompt alone."""
+    tokenizer = learn_tokenizer([Example("A: 46 A: 46 A: 46", " 46")], 300)
+    assert len(tokenizer.encode_ordinary(" 46")) == 1
     for response in ("46", "$46"):
-        _, [row], _ = encode([Row("A: ", response)], tokenizer, 64)
-        assert row.prompt == tokenizer.encode_ordinary("A: ")
-        assert tokenizer.decode(row.prompt + row.response[:-1]) == "A: " + response
+        _, [ids], _ = encode([Example("A: ", response)], tokenizer, 64)
+        assert ids.prompt == tokenizer.encode_ordinary("A: ")
+        assert tokenizer.decode(ids.prompt + ids.response[:-1]) == "A: " + response
 
 
 def test_collate_by_hand():
-    """EOS = 0 is the padding id too. Masks come from lengths, so EOS is scored and padding is not."""
-    tokens, mask = collate([Row([5, 6], [7, 0]), Row([5], [0]), Row([5, 6, 7], [8, 9, 0])])
+    """EOS = 0 is the padding id too. Masks come from lengths: EOS is scored, padding is not."""
+    rows = [Example([5, 6], [7, 0]), Example([5], [0]), Example([5, 6, 7], [8, 9, 0])]
+    tokens, mask = collate(rows)
     assert tokens.tolist() == [[5, 6, 7, 0, 0, 0],
                                [5, 0, 0, 0, 0, 0],
                                [5, 6, 7, 8, 9, 0]]
     assert mask.int().tolist() == [[0, 1, 1, 0, 0],     # actions 1, 2 = tokens 2, 3: 7 and EOS
                                    [1, 0, 0, 0, 0],     # action 0 = token 1: EOS
                                    [0, 0, 1, 1, 1]]     # actions 2, 3, 4 = tokens 3, 4, 5
-    assert [tokens[2, 1:][mask[2]].tolist(), int(mask[0].sum())] == [[8, 9, 0], 2]
+    assert tokens[2, 1:][mask[2]].tolist() == [8, 9, 0]
 
 
 def test_epochs():
-    """7 indices in batches of 3: every epoch is a permutation in batches of 3, 3, 1; seeded; epochs differ."""
+    """7 indices in batches of 3: every epoch is a permutation in batches of 3, 3, 1, and a new one;
+    seeded."""
     order = data.epochs(7, 3, torch.Generator().manual_seed(0))
     batches = [next(order).tolist() for _ in range(6)]
     assert [len(batch) for batch in batches] == [3, 3, 1, 3, 3, 1]
     first, second = sum(batches[:3], []), sum(batches[3:], [])
     assert sorted(first) == sorted(second) == list(range(7)) and first != second
-    assert batches[0] == next(data.epochs(7, 3, torch.Generator().manual_seed(0))).tolist()
+    assert next(data.epochs(7, 3, torch.Generator().manual_seed(0))).tolist() == batches[0]
+
+
+# --- what is printed -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\t", "\0", "\a", "\b", "\x1b", "\x7f", "\x85",
+                                       "\x9b", "\u2028", "\u202e", "\u2066", "\ud800", "\ufeff"])
+def test_nothing_reaches_the_terminal_but_text(character):
+    """Line feed, bell, ESC, C1 (0x9b alone starts a colour), right-to-left override, half of a
+    surrogate pair: one sign each, in texts and in every error."""
+    assert data.printable(f"é {character}[31m日本") == "é \ufffd[31m日本"
+    assert str(UserError(f"a{character}.jsonl:1: expected")) == "a\ufffd.jsonl:1: expected"
