@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from harness.keep import digest_of_tokenizer, file_of, lock, read, write
 from harness.preferences import load_pairs
 from harness.processes import under_torchrun
 from harness.table import Row
+from harness.tokenizers import load_tokenizer, named_tokenizer
 from harness.weights import export_model
 from model import batches, both_responses, cached_logps, device_of, from_content, frozen, score
 
@@ -32,18 +34,27 @@ def load_run(config, device):
     try:
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
         past = type(config)(**results["config"])
+        check_types(past)
         if past.tokenizer:
-            tokenizer = data.named_tokenizer(past.tokenizer)
+            tokenizer = named_tokenizer(past.tokenizer)
         else:
-            tokenizer = data.load_tokenizer(folder / "tokenizer.tiktoken")
+            tokenizer = load_tokenizer(folder / "tokenizer.tiktoken")
         if results["tokenizers"][str(config.seed)] != digest_of_tokenizer(tokenizer):
             raise UserError(f"{folder}: expected weights that were trained with the tokenizer "
                             "beside them")
         rows = [Row.from_flat(row) for row in results["rows"]]
         labels = [row.label for row in rows if row.seed == config.seed]
+        for label in labels:            # they become names of files, and are printed
+            if not re.fullmatch(r"\w[\w .+/-]*", label):
+                raise ValueError(f"rows: expected names of methods, got {label!r:.60}")
         stages = labels + ["teacher-sft"] * ("teacher" in labels)
         models = {name: frozen(from_content(read(folder / file_of(name)))).to(device)
                   for name in stages}
+        for name, model in models.items():
+            sizes = model.config.vocab_size, model.config.block_size
+            if sizes != (tokenizer.n_vocab, past.block_size):
+                raise UserError(f"{folder / file_of(name)}: expected weights that were trained "
+                                "with the tokenizer beside them")
         origins = dict.fromkeys(labels, (models["sft"], past.beta))
         if "teacher" in labels:
             origins["teacher"] = models.pop("teacher-sft"), past.teacher_beta
@@ -52,6 +63,18 @@ def load_run(config, device):
         raise UserError(f"--out: expected the folder of a finished run with --seed={config.seed}, "
                         f"got {config.out}: {reason}") from None
     return past, tokenizer, models, origins
+
+
+def check_types(past):
+    """Raise ValueError unless the options of a results.json are ones that a run can have had."""
+    for f in fields(past):
+        value = getattr(past, f.name)
+        if f.type is tuple:         # a list in JSON
+            value = tuple(value)
+            setattr(past, f.name, value)
+        if type(value) is not f.type and not (f.type is float and type(value) is int):
+            raise ValueError(f"config.{f.name}: expected {f.type.__name__}, got {value!r:.60}")
+    past.check(past.methods)
 
 
 def use_run(config, device):
@@ -98,7 +121,7 @@ def show_answers(prompts, ids, models, tokenizer, config, seed):
     answers = {name: sample(model, ids, tokenizer.eot_token, config.max_new_tokens,
                             config.batch_size, seed) for name, model in models.items()}
     for prompt in dict.fromkeys(prompts):
-        print(f"\nprompt: {printable(prompt.strip()[-300:])}")
+        print(f"\nprompt: {printable(' '.join(prompt.split())[-300:])}")
         rewarded = not config.data and TOY_PROMPT.match(prompt)     # else it would mean nothing
         for name, responses in answers.items():
             for response in [r for p, r in zip(prompts, responses) if p == prompt]:

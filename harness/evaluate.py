@@ -1,14 +1,18 @@
 """The numbers of the table: sampled answers, true reward, accuracy on held-out pairs, KL."""
 
+import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 import data
+from harness.report import landmarks
 from harness.table import interval
 from model import (batches, both_responses, cached_logps, cached_psi, cached_values, device_of,
                    evaluating)
+
+SHOWN, SCATTER = 6, 200         # held-out pairs on the report page: token by token, and as points
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +107,9 @@ def evaluate(model, ref, beta, held_out):
     """
     pairs, texts, samples = held_out.pairs, held_out.texts, held_out.samples
     margins = cached_margins(model, ref, beta, pairs, held_out.batch_size)
+    if not margins.isfinite().all():
+        raise FloatingPointError("expected finite log-probs of the held-out pairs; the weights are "
+                                 "too large or not finite, try a lower learning rate")
     prompts = [pair.prompt for pair in pairs for _ in range(samples)]
     responses = sample(model, prompts, held_out.tokenizer.eot_token, held_out.max_new_tokens,
                        held_out.batch_size, held_out.seed)
@@ -147,26 +154,57 @@ def fill(rows, measured):
             row.numbers |= against_dpo(measured[row.label]["reward"], dpo)
 
 
-def psi_of_pairs(kind, terminal, teacher, teacher_ref, held_out, config, most=6):
-    """The first held-out pairs token by token, as the report shows them -> list of dicts.
+def psi_of_pairs(kind, terminal, gamma, teacher, teacher_ref, teacher_beta, student, student_ref,
+                 beta, held_out):
+    """What the report shows of one TVKD row -> {"pairs": token by token, "scatter": landmarks}.
 
-    Each response: "tokens" as text, "psi" of each, "values" V(s) of the states s_p to s_end, one
-    more than tokens, and on the toy task its true "reward".
+    The layout is harness.report.RESULTS. kind, terminal, gamma: of psi; student: trained with it.
     """
-    pairs, texts, decode = held_out.pairs[:most], held_out.texts[:most], held_out.tokenizer.decode
-    rows = both_responses(pairs)
-    values = cached_values(kind, teacher, teacher_ref, rows, config.teacher_beta, config.batch_size)
-    responses = []
-    for row, value, psi in zip(rows, values, cached_psi(values, rows, config.gamma, terminal)):
-        first = len(row.prompt) - 1                                     # s_p
-        end = first + len(row.response)                                 # s_end
-        responses.append({"tokens": [decode([token]) for token in row.response],
-                          "psi": psi[first:end].tolist(), "values": value[first:end + 1].tolist()})
-    shown = [{"seed": held_out.seed, "prompt": text.prompt, "value": kind, "terminal": terminal,
-              "chosen": chosen, "rejected": rejected}
-             for text, chosen, rejected in zip(texts, responses, responses[len(pairs):])]
-    if held_out.toy:
-        for pair, text in zip(shown, texts):
-            for which in ("chosen", "rejected"):
-                pair[which]["reward"] = data.reward(text.prompt, getattr(text, which))
-    return shown
+    pairs, texts = held_out.pairs[:SCATTER], held_out.texts[:SCATTER]
+    rows, batch_size = both_responses(pairs), held_out.batch_size
+    values = cached_values(kind, teacher, teacher_ref, rows, teacher_beta, batch_size)
+    margins = cached_margins(student, student_ref, beta, pairs, batch_size).tolist()
+    psi = cached_psi(values, rows, gamma, terminal)
+    shown, scatter = [], []
+    for i, (text, margin) in enumerate(zip(texts, margins)):
+        entry = {"seed": held_out.seed, "value": kind, "margin": margin}
+        scatter.append(dict(entry))
+        if i < SHOWN:
+            shown.append({**entry, "prompt": text.prompt, "terminal": terminal})
+        for name, j in (("chosen", i), ("rejected", i + len(pairs))):
+            first = len(rows[j].prompt) - 1                             # s_p
+            end = first + len(rows[j].response)                         # s_end
+            states = values[j][first:end + 1].tolist()
+            scatter[i][name] = landmarks(states)
+            if i < SHOWN:
+                tokens = [held_out.tokenizer.decode([token]) for token in rows[j].response]
+                shown[i][name] = {"tokens": tokens, "psi": psi[j][first:end].tolist(),
+                                  "values": states}
+                if held_out.toy:
+                    response = getattr(text, name)
+                    shown[i][name]["reward"] = data.reward(text.prompt, response)
+                    shown[i][name]["kinds"] = token_kinds(text.prompt, response, tokens)
+        if held_out.toy:
+            scatter[i]["reward_gap"] = (data.reward(text.prompt, text.chosen)
+                                        - data.reward(text.prompt, text.rejected))
+    return {"pairs": shown, "scatter": scatter}
+
+
+def token_kinds(prompt, response, tokens):
+    """Of each token of a toy response: "right" or "wrong" fact or thing, "polite", "rude", or "".
+
+    tokens: the response as text, token by token, EOS last.
+    """
+    asked, at, kinds = re.findall("[a-z]+", prompt.lower()), 0, []
+    sentences = [(kind, response.find(sentence), sentence) for kind, group in (
+        ("polite", data.POLITE_OPENINGS + data.POLITE_CLOSINGS),
+        ("rude", data.RUDE_OPENINGS + data.RUDE_CLOSINGS)) for sentence in group]
+    for token in tokens[:-1]:
+        middle, word = at + len(token) / 2, token.strip().lower()
+        at += len(token)
+        manners = [kind for kind, start, sentence in sentences
+                   if start >= 0 and start <= middle <= start + len(sentence)]
+        fact = word in data.ALL_FACTS or word in data.THINGS
+        kinds.append(manners[0] if manners else
+                     ("right" if word in asked else "wrong") if fact else "")
+    return [*kinds, ""]

@@ -23,14 +23,16 @@ import numpy as np
 import tiktoken
 import torch
 
-from data import UserError, printable, tokenizer_text
+from data import UserError, printable
 from harness.processes import in_all, is_first, rank_and_world
 from harness.progress import Progress
+from harness.tokenizers import tokenizer_text
 from model import GPT, from_content, frozen
 
 ROOT = Path(__file__).resolve().parent.parent
 # The modules that make weights, values and numbers. The report page is not among them.
-SOURCES = ("tvkd.py", "model.py", "data.py", "train.py", "harness/evaluate.py")
+SOURCES = ("tvkd.py", "model.py", "data.py", "train.py", "harness/evaluate.py",
+           "harness/tokenizers.py")
 DIGITS = 64                                     # of a SHA-256
 DERIVED = ("results.json", "report.html", "scores.jsonl")       # stale as soon as a model changes
 PARTIAL = ".partial"
@@ -86,6 +88,11 @@ def load_safely(file, name):
         reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:120]
         raise UserError(f"{name}: expected a file of tensors and plain values, which torch.load("
                         f"weights_only=True) reads; got: {reason}") from None
+
+
+def refuse_folder(path):
+    if path.is_dir():
+        raise UserError(f"{path}: expected a file as a run wrote it or nothing, got a folder")
 
 
 def lock(folder):
@@ -211,6 +218,20 @@ def pack(value):
     return {"value": value}
 
 
+def one_object_each(value, texts):
+    """The same plain value with equal texts as one object.
+
+    pickle writes an object once and then refers to it, so the bytes of a file would depend on
+    whether an equal text was read from another file or is the same constant.
+    """
+    if isinstance(value, str):
+        return texts.setdefault(value, value)
+    if type(value) is dict:
+        return {one_object_each(name, texts): one_object_each(x, texts)
+                for name, x in value.items()}
+    return [one_object_each(x, texts) for x in value] if type(value) is list else value
+
+
 def unpack(content, device):
     if "model" in content:
         return frozen(from_content(content)).to(device)
@@ -251,6 +272,7 @@ class Keep:
         """
         if self.folder in self.opened or not self.writes:
             return
+        self.digests = Digests()        # the objects of the seed before may go
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = self.lock or lock(self.out)
@@ -259,14 +281,16 @@ class Keep:
                 self.log_file = open(self.out / "log.jsonl", "a", encoding="utf-8")
             for path in self.folder.glob("*.tmp"):
                 path.unlink()
+            for name in DERIVED:
+                refuse_folder(self.out / name)
         except OSError as error:
             raise UserError(f"--out: expected a folder that can be written, got {self.out}: "
                             f"{error.strerror}") from None
         self.opened.add(self.folder)
         names = sorted(path.name for path in self.folder.iterdir())
-        started = [name[:-3] for name in names if name.endswith(".pt") and ".row" not in name]
+        started = [name[:-3] for name in names if name.endswith(".pt") and "." not in name[:-3]]
         partial = [name.removesuffix(f".pt{PARTIAL}") for name in names if name.endswith(PARTIAL)]
-        if (started or partial) and not (self.out / "results.json").exists():
+        if partial or started and not (self.out / "results.json").exists():
             half = f" and part of {', '.join(partial)}" if partial else ""
             self.say(f"{printable(str(self.folder))}: an interrupted run left "
                      f"{', '.join(started) or 'nothing finished'}{half}; what still fits is used")
@@ -287,7 +311,8 @@ class Keep:
         together=False: this process works alone.
         """
         self.open()
-        key, path = self.key(f, args), self.folder / file_of(name)
+        key = self.key(f, args)
+        path = self.path(name, key)
         content = self.find(path, key, name)
         agree = in_all if together else bool
         if agree(content is not None):
@@ -311,6 +336,10 @@ class Keep:
         agree(True)                 # nobody goes on to read what is not yet written
         return value
 
+    def path(self, name, key):
+        """One file for each name: a stage with another key replaces it."""
+        return self.folder / file_of(name)
+
     def key(self, f, args):
         """{name: plain value or digest} of all that the result depends on."""
         key = {"seed": self.seed, **self.common, "function": f.__name__}
@@ -320,6 +349,7 @@ class Keep:
 
     def find(self, path, key, name):
         """Content of a kept file, or None where it is missing, damaged or of another key."""
+        refuse_folder(path)             # before the training that it would hold
         if not path.exists():
             return None
         try:
@@ -338,7 +368,7 @@ class Keep:
 
     def put(self, path, content):
         file = io.BytesIO()
-        torch.save(content, file)
+        torch.save(one_object_each(content, {}), file)
         raw = file.getvalue()
         write(path, raw + hashlib.sha256(raw).hexdigest().encode())
 

@@ -10,12 +10,13 @@ from shutil import get_terminal_size
 
 import torch
 
-from data import UserError, printable, tokenizer_text
+from data import UserError, printable
 from harness.ask import show_answers
 from harness.keep import digest_of_tokenizer, write
 from harness.processes import is_first
 from harness.report import write_report
 from harness.table import show_psi, table
+from harness.tokenizers import tokenizer_text
 
 
 class Outcome:
@@ -23,23 +24,22 @@ class Outcome:
 
     def __init__(self, config, keep, started):
         self.config, self.keep, self.started = config, keep, started
-        self.rows, self.pairs, self.tokenizers = [], [], {}
+        self.rows, self.psi, self.tokenizers = [], [], {}
 
-    def add(self, task, rows, models, pairs):
+    def add(self, task, rows, models, psi):
         """Save and show one seed: what train.experiment returned of the Task."""
         if not is_first():
             return
-        self.rows, self.pairs = self.rows + rows, self.pairs + pairs
+        self.rows, self.psi = self.rows + rows, self.psi + psi
         self.tokenizers[str(self.keep.seed)] = digest_of_tokenizer(task.tokenizer)
         if task.tokenizer.name == "learned":
             write(self.keep.folder / "tokenizer.tiktoken", tokenizer_text(task.tokenizer).encode())
         self.save()
         texts, ids = ([pair.prompt for pair in split.test[:2]] for split in task[:2])
         show_answers(texts, ids, models, task.tokenizer, self.config, self.keep.seed)
-        for pair in pairs:
-            if pair["prompt"] == pairs[0]["prompt"]:        # the first held-out pair, each value
-                colour = bool(sys.stdout) and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-                show_psi(pair, colour=colour, width=get_terminal_size().columns)
+        colour = bool(sys.stdout) and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        for shown in psi:                                   # the first held-out pair, each value
+            show_psi(shown["pairs"][0], colour=colour, width=get_terminal_size().columns)
         print(f"\n{table(rows)}")
 
     def save(self):
@@ -48,7 +48,9 @@ class Outcome:
                 "threads": torch.get_num_threads(), "code": self.keep.common["the code"],
                 "seconds": round(time.perf_counter() - self.started, 1)}
         results = {"config": asdict(self.config), "rows": [row.flat() for row in self.rows],
-                   "pairs": self.pairs, "tokenizers": self.tokenizers, "made": made}
+                   "pairs": [pair for shown in self.psi for pair in shown["pairs"]],
+                   "scatter": [point for shown in self.psi for point in shown["scatter"]],
+                   "tokenizers": self.tokenizers, "made": made}
         results = without_nan(results)
         self.keep.log_file.flush()
         log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -80,12 +82,21 @@ def without_nan(value):
     return [without_nan(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
+def expect_working_folder():
+    """In a deleted folder, relative paths lead nowhere and Intel's MKL ends the process."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("expected a working folder that exists, got one that was deleted") from None
+
+
 def exit_code(run, argv):
     """run(argv) -> 0, or a line on stderr and an exit code: 2 the user's mistake, 130 Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")    # no sampled character may end a finished run
     try:
+        expect_working_folder()
         run(argv)
         return 0
     except UserError as error:
@@ -102,9 +113,12 @@ def exit_code(run, argv):
     except OSError as error:
         status, message = 2, f"expected files that can be read and written: {error}"
     except RuntimeError as error:
-        if "memory" not in str(error) and "step 0 check" not in str(error):
+        status, message = 1, str(error).partition("\n")[0]
+        if "memory" in message:
+            status = 2
+            message = f"expected models and batches that fit in memory, try smaller ones: {message}"
+        elif "step 0 check" not in message:
             raise
-        status, message = 1 if "step 0" in str(error) else 2, str(error).splitlines()[0]
     if sys.stderr:
         print(f"train.py: {printable(message)}", file=sys.stderr)
     return status

@@ -52,10 +52,10 @@ function draw() {
   const mean = rows[0].map((_, i) => rows.reduce((sum, row) => sum + row[i], 0) / rows.length)
   panel.querySelector("tbody").innerHTML = tableRow("mean", mean)
     + rows.map((row, i) => tableRow(`pair ${i + 1}`, row, i === picked)).join("")
-  const f = x => x < 0 ? `(${x.toFixed(3)})` : x.toFixed(3)
-  panel.querySelector("#worked").textContent = `Pair ${picked + 1}, DPO's margin: beta × log-ratios`
-    + ` = ${f(settings.beta)} × ${f(pairs[picked].logratio)} = ${f(dpo)}. TVKD's: `
-    + `${f(dpo)} − ${f(settings.alpha)} × (${f(w)} − ${f(l)}) = ${f(tvkd)}.`
+  const f = x => x.toFixed(3), g = x => x < 0 ? `(${f(x)})` : f(x)
+  panel.querySelector("#worked").textContent = `Pair ${picked + 1}. DPO's margin: beta × log-ratios`
+    + ` = ${f(settings.beta)} × ${g(pairs[picked].logratio)} = ${f(dpo)}. TVKD's: ${f(dpo)}`
+    + ` - ${f(settings.alpha)} × [${f(w)} - ${g(l)}] = ${f(tvkd)}.`
   const drawn = heldOut.length ? heldOut : pairs, svgs = panel.querySelectorAll("figure svg")
   const points = drawn.map(({gap}, i, _, n = numbersOf(drawn[i], settings)) => ({gap, n}))
   plot(svgs[0], points.map(({n}) => [settings.alpha * (n[0] - n[1]), n[2], n[7]]),

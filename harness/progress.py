@@ -4,12 +4,13 @@
 """
 
 import json
+import math
 import signal
 import sys
 import time
 from contextlib import contextmanager
 
-from harness.processes import in_all
+from harness.processes import in_all, is_first
 
 
 class Progress:
@@ -51,12 +52,17 @@ class Progress:
         validate(model) -> metrics, or None. interrupted: a list that Ctrl-C fills.
         """
         self.tokens += total["tokens"]
-        validate_now = validate is not None and (step == steps or step % self.eval_interval == 0)
+        validate_now = (validate is not None and is_first()             # one process is enough
+                        and (step == steps or step % self.eval_interval == 0))
         if validate_now or step in (1, steps) or step % self.log_interval == 0:
             self.seconds += time.perf_counter() - self.resumed      # training without validation
             metrics = {name: x / total["n"] for name, x in total.items()
                        if name not in ("n", "tokens")}
             metrics |= validate(model) if validate_now else {}
+            for name, x in metrics.items():
+                if x is not None and not math.isfinite(x):
+                    raise FloatingPointError(f"{self.stage}: {name} {x} after step {step}; "
+                                             "expected finite numbers, try a lower learning rate")
             line = {"seed": self.seed, "stage": self.stage, "step": step, **metrics}
             self.write(json.dumps(line))
             self.show(step, steps, metrics)

@@ -241,7 +241,7 @@ def landmarks(values):
 
 
 def panel_pair(chosen, rejected, margin, gap, beta):
-    return {"chosen": chosen, "rejected": rejected, "logratio": (margin or 0.0), "gap": gap}
+    return {"chosen": chosen, "rejected": rejected, "logratio": (margin or 0.0) / beta, "gap": gap}
 
 
 def panel_data(results):
@@ -291,8 +291,8 @@ def panel_html(results):
         pair.get("margin") is not None for pair in results["pairs"]) else (
         "0, the student's at the start of training; this run recorded no later ones")
     heads = "".join(f"<th>{name}</th>" for name in (
-        "", "weight: line DPO, filled TVKD", "sum of psi, chosen", "rejected",
-        "margin, DPO", "TVKD", "loss, DPO", "TVKD", "weight, DPO", "TVKD"))
+        "", "weight", "sum of psi, chosen", "rejected", "margin, DPO", "TVKD", "loss, DPO", "TVKD",
+        "weight, DPO", "TVKD"))
     captions = [
         "Right: alpha times the difference of psi. Up: the student's margin. Shade: the weight. On "
         "the dashes TVKD's margin is 0 and the weight 1/2; below them it is more. Ring: the pair "
@@ -303,9 +303,10 @@ def panel_html(results):
     return (
         f'<form id="panel" hidden data-run="{escape(json.dumps(data, allow_nan=False))}">'
         "<h2>Move it</h2><p>The pairs below, under other settings. Nothing is trained again: the "
-        f"log-ratios are {student}. Weight: how hard a pair pushes, sigmoid(-margin). Set terminal "
-        "to zero and gamma to 1: then TVKD is DPO, for every alpha. The address holds the "
-        f'settings, so a link can be sent.</p><div class="fields">{fields}</div>'
+        f"log-ratios are {student}. Weight: how hard a pair pushes, sigmoid(-margin); in the bars "
+        "the frame is DPO's, the filling TVKD's. Set terminal to zero and gamma to 1: TVKD is "
+        "DPO, for every alpha. The address holds the settings, so a link can be sent.</p>"
+        f'<div class="fields">{fields}</div>'
         f'<p id="worked"></p>{HINT}<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>'
         '</tbody></table></div><div class="charts">'
         + "".join(f'<figure class="picture"><svg viewBox="0 0 300 220" role="img"></svg>'

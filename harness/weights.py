@@ -9,8 +9,8 @@ that model.safetensors.index.json lists. A safetensors file:
     the rest    the numbers of all tensors without a gap; offsets count from the end of the JSON
 
 GPT-2's names are ours, because nanoGPT took them over. Its linear layers (Conv1D) hold the
-transpose of ours. Weights that would load but compute something else are refused, and so is
-whatever could only fail in training. Left out: other architectures, pytorch_model.bin.
+transpose of ours. A file that would load and compute something else is refused, and so is one that
+would only fail in training. Left out: other architectures, pytorch_model.bin.
 """
 
 import json
@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import UserError, tokenizer_text
+from data import UserError
 from harness.keep import load_safely, write
+from harness.tokenizers import tokenizer_text
 from model import GPT, GPTConfig
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -44,13 +45,9 @@ LARGEST = 10_000            # logit; those of trained models stay below 1,000
 MOST_STEPS = 500_000        # of a pickle; GPT-2 XL with its optimizer takes 75,000
 
 
-class Refused(ValueError):
-    """expected ..., got ... in FILE"""
-
-
 def expect(holds, what, got, path):
     if not holds:
-        raise Refused(f"expected {what}, got {got} in {path}")
+        raise UserError(f"expected {what}, got {got} in {path}")
 
 
 def brief(value):
@@ -70,11 +67,9 @@ def pretrained(option, path, n_vocab, block_size):
     """
     path = Path(path)
     try:
-        sizes, tensors = read_folder(path) if path.is_dir() else read_checkpoint(path, option)
+        sizes, tensors = read_folder(path) if path.is_dir() else read_checkpoint(path)
         return build(sizes, tensors, n_vocab, block_size, path)
-    except UserError:
-        raise
-    except Refused as error:
+    except UserError as error:
         raise UserError(f"{option}: {error}") from None
     except Exception as error:          # anything can go wrong in bytes that nobody vouches for
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
@@ -88,14 +83,17 @@ def build(sizes, tensors, n_vocab, block_size, path):
     expect(vocab_size in (n_vocab, rounded), f"a vocabulary of the tokenizer's {n_vocab} ids "
            f"(or {rounded})", brief(vocab_size), path)
     expect(context >= block_size, f"a context of at least --block_size={block_size}", context, path)
-    expect(6 * sizes["n_layer"] <= len(tensors), f"six tensors or more a layer and n_layer "
-           f"{brief(sizes['n_layer'])}", len(tensors), path)
-    # "meta": shapes without numbers. Nothing is allocated for a size that a file only claims.
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**{**sizes, "vocab_size": n_vocab, "block_size": block_size}))
+    width, layers = sizes["n_embd"], sizes["n_layer"]
+    count = sum(tensor.numel() for tensor in tensors.values())
+    # Before the model: it must not fill the memory because of sizes that a file only claims.
+    claimed = width * (vocab_size + context + 12 * layers * width)
+    expect(layers <= len(tensors) and claimed <= 4 * count,
+           f"the weights of n_layer {brief(layers)} and n_embd {brief(width)}",
+           f"{len(tensors)} tensors with {count:,} numbers", path)
+    model = GPT(GPTConfig(**{**sizes, "vocab_size": n_vocab, "block_size": block_size}))
     rows = {EMBEDDING: vocab_size, HEAD: vocab_size, POSITIONS: context}
     tensors.setdefault(HEAD, tensors.get(EMBEDDING))
-    parameters = model.state_dict()
+    parameters = model.state_dict()                                 # the same memory
     for name in tensors:
         expect(name in parameters, "tensors of a GPT-2 alone", brief(name), path)
     for name, parameter in parameters.items():
@@ -104,20 +102,17 @@ def build(sizes, tensors, n_vocab, block_size, path):
         expect(tensor.layout is torch.strided and tensor.dtype in FLOATS.values()
                and not tensor.is_meta, f"floats in {name}", f"{tensor.dtype} {tensor.layout}", path)
         expect(tensor.shape == shape, f"{name} of shape {shape}", tuple(tensor.shape), path)
-        # A copy: tensors of one file may share memory, and a view would keep the rows that are cut.
-        tensor = torch.empty_like(parameter, device="cpu").copy_(tensor.detach()[:len(parameter)])
+        tensor = tensor.detach()[:len(parameter)].float()
+        expect(name != HEAD or torch.equal(tensor, parameter),      # which is the embedding by now
+               "an output head tied to the token embedding", "two tensors", path)
         low, high = (x.item() for x in tensor.aminmax())            # NaN if any number is NaN
         expect(math.isfinite(high - low), f"finite numbers in {name}", f"{low} to {high}", path)
-        tensors[name] = tensor
-    expect(torch.equal(tensors[HEAD], tensors[EMBEDDING]),
-           "an output head tied to the token embedding", "two tensors", path)
-    model.load_state_dict(tensors, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight             # `assign` untied them
+        parameter.copy_(tensor)
     ids = torch.arange(min(block_size, n_vocab, 16)).unsqueeze(0)
     with torch.no_grad():
         low, high = (x.item() for x in model(ids).aminmax())
-    expect(-LARGEST <= low < high <= LARGEST, f"weights with different logits, of at most "
-           f"{LARGEST:,} in size", f"logits from {low:.6g} to {high:.6g}", path)
+    expect(-LARGEST <= low < high <= LARGEST, f"weights that give logits which differ and stay "
+           f"within {LARGEST:,}", f"logits from {low:.6g} to {high:.6g}", path)
     return model
 
 
@@ -127,7 +122,7 @@ def build(sizes, tensors, n_vocab, block_size, path):
 def opened(path):
     """The file, open; but not a pipe, which would wait for somebody to write, nor a device."""
     if path.exists() and not path.is_file():
-        raise Refused(f"expected a file, got a folder, a pipe or a device: {path}")
+        raise UserError(f"expected a file, got a folder, a pipe or a device: {path}")
     return open(path, "rb")
 
 
@@ -148,17 +143,16 @@ def read_sizes(record, names, rates, path):
     return sizes
 
 
-def read_checkpoint(path, option):
+def read_checkpoint(path):
     """A file of torch.save -> (sizes, tensors by name)."""
     with opened(path) as file:
         check_archive(file, path)
-        content, length = load_safely(file, option), file.seek(0, 2)
+        content, length = load_safely(file, path), file.seek(0, 2)
     content = content if isinstance(content, dict) else {}
     sizes = content.get("model_args", content.get("config"))        # nanoGPT's, or a run's
     state, tensors = content.get("model"), {}
-    if not isinstance(sizes, dict) or not isinstance(state, dict):
-        raise Refused(f"expected a checkpoint of nanoGPT or of this program, got no model and "
-                      f"sizes (model_args or config) in {path}")
+    expect(isinstance(sizes, dict) and isinstance(state, dict), "a checkpoint of nanoGPT or of "
+           "this program", "no model with sizes (model_args or config)", path)
     for name, tensor in state.items():
         expect(isinstance(name, str) and isinstance(tensor, torch.Tensor), "tensors by name in "
                "model", f"{brief(tensor)} under {brief(name)}", path)
@@ -179,7 +173,8 @@ def check_archive(file, path):
     """Refuse what could keep torch.load busy: a few compressed kilobytes can be a huge pickle."""
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
-            expect(entry.compress_type == zipfile.ZIP_STORED, "no compression", "some", path)
+            stored = entry.compress_type == zipfile.ZIP_STORED
+            expect(stored, "a zip archive without compression", "one with", path)
             if entry.filename.lower().endswith(".pkl"):
                 steps = islice(pickletools.genops(archive.read(entry)), MOST_STEPS + 1)
                 expect(sum(1 for _ in steps) <= MOST_STEPS, f"a pickle of at most {MOST_STEPS:,} "
@@ -275,7 +270,7 @@ def parse(raw, path):
     try:
         record = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:       # not UTF-8, not JSON, nested too deeply
-        raise Refused(f"expected a JSON object in {path}, got: {error}") from None
+        raise UserError(f"expected a JSON object in {path}, got: {error}") from None
     expect(isinstance(record, dict), "a JSON object", brief(record), path)
     return record
 
@@ -291,10 +286,10 @@ def unique(items):
 # Writing
 
 def export_model(model, folder, tokenizer):
-    """Write a GPT-2 folder, from which GPT2LMHeadModel.from_pretrained gives the same logits.
+    """Write a GPT-2 folder, from which transformers' GPT2LMHeadModel gives the same logits.
 
-    A model without biases gets biases of 0, since GPT-2 has some. A learned vocabulary is written
-    too, in tiktoken's format.
+    A model without biases gets biases of 0, because every GPT-2 has biases. A learned vocabulary is
+    written too, as tokenizer.tiktoken; a named one is what other tools know by that name.
     """
     folder, config, tensors = Path(folder), model.config, {}
     for name, tensor in model.state_dict().items():
@@ -325,7 +320,7 @@ def to_safetensors(tensors):
     """float32 tensors by name -> the bytes of a safetensors file."""
     header, parts, position = {"__metadata__": {"format": "pt"}}, [], 0
     for name, tensor in tensors.items():
-        parts.append(tensor.detach().cpu().contiguous().numpy().astype("<f4").tobytes())
+        parts.append(tensor.detach().cpu().numpy().astype("<f4").tobytes())
         start, position = position, position + len(parts[-1])
         header[name] = {"dtype": "F32", "shape": [*tensor.shape], "data_offsets": [start, position]}
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
