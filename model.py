@@ -193,26 +193,43 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.shape[1], device=device).expand(B, -1)  # (B, longest)
         last = positions == lengths.unsqueeze(1) - 1            # the state to act in, one a row
         responses = [[] for _ in prompts]
+        open_rows = list(responses)                             # those whose caches are still here
         running = torch.ones(B, dtype=torch.bool, device=device)
         with evaluating(self):
             for step in range(max_new_tokens):
-                logits = self(tokens, last, positions, caches).float()          # (B, V)
-                if temperature == 0:
-                    drawn = logits.argmax(-1)
-                else:
-                    probabilities = F.softmax(logits / temperature, -1)
-                    drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+                width = min(columns, tokens.shape[1] if step == 0 else int(lengths.max()) + step)
+                visible = [(keys[:, :, :width], values[:, :, :width]) for keys, values in caches]
+                logits = self(tokens, last, positions, visible).float()         # (B, V)
+                drawn = draw(logits, temperature, generator)                    # (B,)
                 running &= drawn != eos
-                for response, token, keep in zip(responses, drawn.tolist(), running.tolist()):
+                for response, token, keep in zip(open_rows, drawn.tolist(), running.tolist()):
                     if keep:
                         response.append(token)
-                positions = (lengths + step).clamp(max=columns - 1).unsqueeze(1)        # (B, 1)
                 running &= lengths + step < S - 1               # after this one the row is full
-                if not running.any():
+                if 2 * int(running.sum()) <= len(running):      # half have ended: drop them
+                    open_rows = [row for row, keep in zip(open_rows, running.tolist()) if keep]
+                    caches = [(keys[running], values[running]) for keys, values in caches]
+                    drawn, lengths, running = (x[running] for x in (drawn, lengths, running))
+                if not open_rows:
                     break
-                tokens = drawn.unsqueeze(1)                     # (B, 1)
-                last = torch.ones(B, 1, dtype=torch.bool, device=device)
+                tokens = drawn.unsqueeze(1)                                     # (B, 1)
+                positions = (lengths + step).clamp(max=columns - 1).unsqueeze(1)
+                last = torch.ones_like(tokens, dtype=torch.bool)
         return responses
+
+
+def draw(logits, temperature, generator=None):
+    """One token from each row of logits (B, V) -> (B,) ids; temperature 0: the most likely one.
+
+    The first token at which the cumulated probability passes a uniform number. torch.multinomial
+    does the same with one random number a token of the vocabulary, for a third of all the time.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulated = F.softmax(logits / temperature, -1).cumsum(-1)                  # (B, V)
+    uniform = torch.rand(len(logits), 1, device=logits.device, generator=generator)
+    drawn = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1)
+    return drawn.clamp(max=logits.shape[-1] - 1)                # where the product rounds up
 
 
 @contextmanager

@@ -49,11 +49,20 @@ from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
 # {"loss", "n": what the mean is over, "tokens", further numbers for the log}. Sums, because the
 # shares of a batch in micro-batches and processes add up only if nobody divides too early.
 
-PARTS = 6       # a batch goes through the model in so many parts by length: less padding, same loss
+def part_size(rows):
+    """How many rows of a batch go through the model at once, sorted by length: same loss, faster.
 
-
-def parts(rows, device):
-    return batches(rows, math.ceil(len(rows) / PARTS), device)
+    As few parts as leave at most a tenth of padding. Never one: what two halves of a batch leave
+    in the processor's cache is smaller.
+    """
+    lengths = sorted(len(row.prompt) + len(row.response) for row in rows)
+    for parts in range(2, 9):
+        size = math.ceil(len(rows) / parts)
+        longest = [lengths[min(i + size, len(rows)) - 1] for i in range(0, len(rows), size)]
+        padded = sum(longest) * size - longest[-1] * (-len(rows) % size)
+        if sum(lengths) >= 0.9 * padded:
+            break
+    return size
 
 
 def tokens_in(rows):
@@ -70,7 +79,7 @@ class Likelihood:
 
     def __call__(self, model, ids):
         rows, loss, n = [row for i in ids.tolist() for row in self.answers[i]], 0.0, 0
-        for _, tokens, mask in parts(rows, ids.device):
+        for _, tokens, mask in batches(rows, part_size(rows), ids.device):
             loss = loss + nll_loss(score(model, tokens, mask), mask) * mask.sum()
             n = n + mask.sum()
         return {"loss": loss, "n": n, "tokens": tokens_in(rows)}
@@ -90,7 +99,7 @@ class KD:
 
     def __call__(self, model, ids):
         rows, loss, n = both_responses([self.pairs[i] for i in ids.tolist()]), 0.0, 0
-        for _, tokens, mask in parts(rows, ids.device):
+        for _, tokens, mask in batches(rows, part_size(rows), ids.device):
             with torch.no_grad():
                 teacher_logits = self.teacher(tokens)                           # (B, T+1, V)
             loss = loss + kd_loss(model(tokens), teacher_logits, mask) * mask.sum()
@@ -135,7 +144,7 @@ class TVKD:
 
 def four_logps(model, both, ref_logps):
     """log pi(y_w|x), log pi(y_l|x) of the policy, then of the reference: four of (B,), nats."""
-    logps = response_logps(model, both, math.ceil(len(both) / PARTS))           # (2B,)
+    logps = response_logps(model, both, part_size(both))                        # (2B,)
     return *logps.chunk(2), *ref_logps
 
 
@@ -307,7 +316,9 @@ def new_model(who, config, n_vocab, seed, device):
 def train_teacher(config, seed, ids, new_teacher, val, keep):
     """Supervised fine-tuning, then DPO against its own fine-tuned self -> (reference, teacher)."""
     pairs, beta = ids.train, config.teacher_beta
-    teacher_ref = keep("teacher-sft", fit, new_teacher, Likelihood([[row] for row in ids.sft]),
+    # Prompts are scored, too: a model that predicts facts learns sooner to copy them.
+    corpus = [[data.Example(row.prompt[:1], row.prompt[1:] + row.response)] for row in ids.sft]
+    teacher_ref = keep("teacher-sft", fit, new_teacher, Likelihood(corpus),
                        config.recipe("teacher_sft_steps", "teacher_sft_lr"), seed)
     ref_logps = keep("teacher-ref-logps", cached_logps, teacher_ref, both_responses(pairs),
                      config.batch_size).view(2, -1)                             # (2, all pairs)
@@ -337,7 +348,7 @@ def teacher_answers(config, seed, pairs, tokenizer, teacher, keep):
 
 
 def experiment(config, seed, task, device, keep):
-    """One seed, from pairs to the table -> (rows, models by label, held-out pairs with psi)."""
+    """One seed, from pairs to the table -> (rows, models by label, psi of held-out pairs)."""
     texts, ids, tokenizer = task
     pairs = ids.train[:config.student_pairs or None]        # the student's, the first of all
     methods = {name: METHODS[name] for name in config.methods}
@@ -393,9 +404,11 @@ def experiment(config, seed, task, device, keep):
         measured[row.label] = keep(f"{row.label}.row", measure, models[row.label], *origin, test,
                                    together=False)
     fill(rows, measured)
-    pairs_to_show = [pair for kind in kinds if kind != "given" for pair in psi_of_pairs(
-        kind, config.terminal_of(kind), teacher, teacher_ref, test, config)]
-    return rows, models, pairs_to_show
+    psi_shown = [keep(f"{row.label}.psi", psi_of_pairs, row.value, row.terminal, config.gamma,
+                      teacher, teacher_ref, config.teacher_beta, models[row.label], student_ref,
+                      config.beta, test, together=False)
+                 for row in rows if row.value in ("implicit", "logits")]
+    return rows, models, psi_shown
 
 
 def main(argv=None):
@@ -411,7 +424,8 @@ def run(argv):
         use_run(config, device)
         return
     with together(device) as device:
-        pairs = load_pairs(config.data) if config.data else None        # once, for every seed
+        # Read once: a file that changes between two seeds must not be mixed.
+        pairs = load_pairs(config.data, "given" in config.value) if config.data else None
         trusted = BEFORE_METHODS if config.trust_code else ()
         keep = Keep(config.out, device, config.intervals(), trusted)
         outcome = Outcome(config, keep, started)
