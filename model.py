@@ -281,6 +281,26 @@ def batches(rows, batch_size, device):
         yield ids, tokens.to(device), mask.to(device)
 
 
+def part_size(rows):
+    """How many rows of a batch to pass through the model at once: same loss, less padding.
+
+    Sorted by length, in as few parts as keep the padding within a tenth. At least two: half a
+    batch fits the processor's cache better.
+    """
+    lengths = sorted(len(row.prompt) + len(row.response) for row in rows)
+    for parts in range(2, 9):
+        size = math.ceil(len(rows) / parts)
+        longest = [lengths[min(i + size, len(rows)) - 1] for i in range(0, len(rows), size)]
+        padded = sum(longest) * size - longest[-1] * (-len(rows) % size)
+        if sum(lengths) >= 0.9 * padded:
+            break
+    return size
+
+
+def tokens_in(rows):
+    return sum(len(row.prompt) + len(row.response) for row in rows)
+
+
 def score(model, tokens, mask):
     """Log-probs of the response tokens: tokens (B, T+1), mask (B, T) -> (B, T) nats, 0 elsewhere.
 

@@ -9,10 +9,10 @@
 
     torchrun --standalone --nproc_per_node=2 train.py       shares every batch among processes
 
-`experiment` at the end is the method, in the order of the paper's pipeline as we read its abstract:
-teacher (fine-tuning, DPO) -> student (fine-tuning) -> the teacher's values, once -> the student
-trained by each of METHODS, which differ in the loss alone. `keep(name, f, *args)` returns f(*args),
-or what an earlier run kept of the same f and arguments. Everything in harness/ can be skipped.
+`experiment` near the end is the method: train the teacher (fine-tuning, DPO), fine-tune the
+student, compute the teacher's values once, then train the student by each of METHODS. They differ
+in the loss and, for bc and kd, in the learning rate. `keep(name, f, *args)` returns f(*args), or
+what an earlier run kept of the same f and arguments. Everything in harness/ can be skipped.
 """
 
 import harness      # first: it sets how threads wait, which must happen before torch is imported
@@ -41,45 +41,27 @@ from harness.table import Row
 from harness.texts import load_task
 from harness.weights import pretrained
 from model import (GPT, GPTConfig, batches, both_responses, cached_logps, cached_values, device_of,
-                   frozen, response_logps, score, summed_psi)
+                   frozen, part_size, response_logps, score, summed_psi, tokens_in)
 from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
 
 # --------------------------------------------------------------------------------------------------
-# Losses. loss(model, ids) reads the examples or pairs of these indices and returns sums over them:
-# {"loss", "n": what the mean is over, "tokens", further numbers for the log}. Sums, because the
-# shares of a batch in micro-batches and processes add up only if nobody divides too early.
-
-def part_size(rows):
-    """How many rows of a batch go through the model at once, sorted by length: same loss, faster.
-
-    As few parts as leave at most a tenth of padding. Never one: what two halves of a batch leave
-    in the processor's cache is smaller.
-    """
-    lengths = sorted(len(row.prompt) + len(row.response) for row in rows)
-    for parts in range(2, 9):
-        size = math.ceil(len(rows) / parts)
-        longest = [lengths[min(i + size, len(rows)) - 1] for i in range(0, len(rows), size)]
-        padded = sum(longest) * size - longest[-1] * (-len(rows) % size)
-        if sum(lengths) >= 0.9 * padded:
-            break
-    return size
-
-
-def tokens_in(rows):
-    return sum(len(row.prompt) + len(row.response) for row in rows)
-
+# Losses. loss(model, ids) takes a batch of indices and returns sums over it: {"loss", "n": the
+# number of tokens or pairs, "tokens": all tokens read, further numbers for the log}. Sums, because
+# micro-batches have different sizes: we divide by n once, at the end.
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
     """Mean of -log pi(a|s) per token: supervised fine-tuning, and bc on the teacher's answers."""
-    answers: list               # answers[i]: the Examples that stand for index i
+    answers: list               # answers[i]: the Examples trained on when index i is drawn
 
     def __len__(self):
         return len(self.answers)
 
     def __call__(self, model, ids):
-        rows, loss, n = [row for i in ids.tolist() for row in self.answers[i]], 0.0, 0
+        rows = [row for i in ids.tolist() for row in self.answers[i]]
+        loss = n = 0
         for _, tokens, mask in batches(rows, part_size(rows), ids.device):
+            # The mean over tokens times their number: back to a sum.
             loss = loss + nll_loss(score(model, tokens, mask), mask) * mask.sum()
             n = n + mask.sum()
         return {"loss": loss, "n": n, "tokens": tokens_in(rows)}
@@ -98,7 +80,8 @@ class KD:
         return len(self.pairs)
 
     def __call__(self, model, ids):
-        rows, loss, n = both_responses([self.pairs[i] for i in ids.tolist()]), 0.0, 0
+        rows = both_responses([self.pairs[i] for i in ids.tolist()])
+        loss = n = 0
         for _, tokens, mask in batches(rows, part_size(rows), ids.device):
             with torch.no_grad():
                 teacher_logits = self.teacher(tokens)                           # (B, T+1, V)
@@ -109,7 +92,7 @@ class KD:
 
 @dataclass(frozen=True, eq=False)
 class DPO:
-    """The labels alone. ref_logps (2, N): of the chosen and rejected responses, cached."""
+    """Only the labels. ref_logps (2, N): of the chosen and the rejected responses, cached."""
     pairs: list
     ref_logps: torch.Tensor
     beta: float
@@ -118,14 +101,14 @@ class DPO:
         return len(self.pairs)
 
     def __call__(self, model, ids):
-        both = both_responses([self.pairs[i] for i in ids.tolist()])            # 2B rows
+        both = both_responses([self.pairs[i] for i in ids.tolist()])    # B chosen, B rejected
         logps = four_logps(model, both, self.ref_logps[:, ids])                 # four of (B,)
         return with_metrics(dpo_loss(*logps, self.beta), logps, self.beta, both)
 
 
 @dataclass(frozen=True, eq=False)
 class TVKD:
-    """The labels, and psi (2, N): summed over each response, all that is read of the teacher."""
+    """The labels and psi (2, N), summed over each response: all that it uses of the teacher."""
     pairs: list
     ref_logps: torch.Tensor
     psi: torch.Tensor
@@ -136,7 +119,7 @@ class TVKD:
         return len(self.pairs)
 
     def __call__(self, model, ids):
-        both = both_responses([self.pairs[i] for i in ids.tolist()])            # 2B rows
+        both = both_responses([self.pairs[i] for i in ids.tolist()])    # B chosen, B rejected
         logps = four_logps(model, both, self.ref_logps[:, ids])                 # four of (B,)
         losses = tvkd_loss(*logps, *self.psi[:, ids], self.beta, self.alpha)    # (B,)
         return with_metrics(losses, logps, self.beta, both)
@@ -176,11 +159,11 @@ def psi_alone(loss, ids):
 class Method:
     loss: type              # called with the inputs by name
     lr: str                 # which option is its learning rate
-    inputs: tuple           # of pairs, ref_logps, beta, alpha, psi, teacher, answers
+    inputs: tuple           # any of: pairs, ref_logps, beta, alpha, psi, teacher, answers
     start: object = None    # (loss, ids) -> what each pair's loss must be at step 0, if known
 
     @property
-    def needs_teacher(self):
+    def needs_teacher(self):        # psi may also come with the pairs (--value=given)
         return bool({"teacher", "answers"} & set(self.inputs))
 
 
@@ -198,11 +181,11 @@ METHODS = {
 def fit(start, loss, recipe, seed, expected=None, validate=None, progress=None):
     """Train a copy of `start` on `loss` -> the trained model, frozen.
 
-    recipe: steps, lr, batch_size, micro_batch. AdamW; the learning rate rises over the first tenth
-    of the steps and falls to 0 over the second half. expected: a Method's `start`, checked before
-    the first step. validate(model) -> metrics, now and then; progress: harness.progress.Progress,
-    which logs and saves. Neither changes what is trained: the order of batches has a generator of
-    its own. Raises FloatingPointError where loss or gradient is not finite.
+    recipe: steps, lr, batch_size, micro_batch. AdamW with the learning rate of `schedule`.
+    expected: a Method's `start`, checked before the first step. validate(model) -> metrics, now and
+    then. progress: harness.progress.Progress, which logs and saves; `keep` passes it. Validating
+    and logging do not affect training: the order of batches has a generator of its own. Raises
+    FloatingPointError where loss or gradient is not finite.
     """
     progress = progress or Progress()
     model = copy.deepcopy(start).requires_grad_(True)
@@ -225,7 +208,7 @@ def fit(start, loss, recipe, seed, expected=None, validate=None, progress=None):
             total = gradient(model, network, loss, ids.to(device), recipe.micro_batch)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not math.isfinite(total["loss"]) or not norm.isfinite():
-                # Before the step: no checkpoint may have it in.
+                # Raised before the step, so that no checkpoint contains it.
                 raise FloatingPointError(
                     f"{progress.stage}: loss {total['loss'] / total['n']}, gradient norm "
                     f"{norm.item()} at step {step}; expected finite numbers, try a lower learning "
@@ -238,7 +221,7 @@ def fit(start, loss, recipe, seed, expected=None, validate=None, progress=None):
 
 
 def schedule(step, steps):
-    """Share of the learning rate at a step from 1 to steps: up in the first tenth, then down."""
+    """Factor of the learning rate: up in the first tenth, 1, then down to 2/steps from half on."""
     return min(1.0, 10 * step / steps, 2 - 2 * (step - 1) / steps)
 
 
@@ -253,7 +236,7 @@ def gradient(model, network, loss, ids, micro_batch):
     micro_batches = world * math.ceil(len(ids) / (world * (micro_batch or len(ids))))
     total = 0.0
     for share in ids.tensor_split(micro_batches)[rank::world]:
-        # A process without a pair of its own takes one times 0: all must join every exchange.
+        # A process with no data runs one index with weight 0: the others wait for every process.
         sums = loss(network, share if len(share) else ids[:1])
         sums = {name: x * (len(share) > 0) for name, x in sums.items()}
         sums["loss"].backward()
@@ -263,7 +246,7 @@ def gradient(model, network, loss, ids, micro_batch):
         torch.distributed.all_reduce(total)
     total = dict(zip(sums, total.tolist()))
     for parameter in model.parameters():
-        parameter.grad *= world / total["n"]        # DistributedDataParallel took the mean
+        parameter.grad *= world / total["n"]        # the network averaged over the processes
     return total
 
 
@@ -273,7 +256,8 @@ def check_start(loss, model, ids, expected):
     expected: the loss of each pair of `ids`, (B,). Raises RuntimeError where it is another one or
     the gradient is 0, FloatingPointError where something is not finite.
     """
-    sums, expected = loss(model, ids), expected.mean().item()
+    sums = loss(model, ids)
+    expected = expected.mean().item()
     start, margin = sums["loss"] / sums["n"], sums["margin"].item() / sums["n"]
     grads = torch.autograd.grad(start, list(model.parameters()))
     norm, start = torch.stack([grad.norm() for grad in grads]).norm().item(), start.item()
@@ -296,9 +280,6 @@ def check_start(loss, model, ids, expected):
 # --------------------------------------------------------------------------------------------------
 # The experiment
 
-BEFORE_METHODS = ("teacher-", "student-", "ref-", "values-")    # what --trust_code=1 keeps
-
-
 def new_model(who, config, n_vocab, seed, device):
     """The "teacher" or "student" before training: new weights, or those of --WHO_init."""
     layers, heads, width, path = (getattr(config, f"{who}_{name}")
@@ -316,7 +297,7 @@ def new_model(who, config, n_vocab, seed, device):
 def train_teacher(config, seed, ids, new_teacher, val, keep):
     """Supervised fine-tuning, then DPO against its own fine-tuned self -> (reference, teacher)."""
     pairs, beta = ids.train, config.teacher_beta
-    # Prompts are scored, too: a model that predicts facts learns sooner to copy them.
+    # The teacher is trained on the prompts as well, which makes it learn sooner to copy facts.
     corpus = [[data.Example(row.prompt[:1], row.prompt[1:] + row.response)] for row in ids.sft]
     teacher_ref = keep("teacher-sft", fit, new_teacher, Likelihood(corpus),
                        config.recipe("teacher_sft_steps", "teacher_sft_lr"), seed)
@@ -329,7 +310,7 @@ def train_teacher(config, seed, ids, new_teacher, val, keep):
 
 
 def teacher_psi(kind, config, pairs, teacher, teacher_ref, keep):
-    """Sum of psi over each response, (2, N): all that TVKD reads of the teacher, computed once."""
+    """psi summed over each response, (2, N): all that TVKD uses of the teacher."""
     if kind == "given":                                     # read with the pairs, from --data
         return torch.tensor([pair.values for pair in pairs]).T.contiguous()
     both = both_responses(pairs)
@@ -350,14 +331,14 @@ def teacher_answers(config, seed, pairs, tokenizer, teacher, keep):
 def experiment(config, seed, task, device, keep):
     """One seed, from pairs to the table -> (rows, models by label, psi of held-out pairs)."""
     texts, ids, tokenizer = task
-    pairs = ids.train[:config.student_pairs or None]        # the student's, the first of all
+    pairs = ids.train[:config.student_pairs or None]        # the student's: the first N of all
     methods = {name: METHODS[name] for name in config.methods}
     inputs = {name for method in methods.values() for name in method.inputs}
     test = HeldOut(ids.test, texts.test, tokenizer, not config.data, config.samples,
                    config.max_new_tokens, config.batch_size, seed)
     val = replace(test, pairs=ids.val, texts=texts.val, samples=1)
     new_student = new_model("student", config, tokenizer.n_vocab, seed, device)
-    rows, models, origins = [], {}, {}                      # origin: the reference and the beta
+    rows, models, origins = [], {}, {}          # origins: (reference, beta) that differ
 
     # 1. The teacher: supervised fine-tuning, then DPO on all pairs.
     teacher_ref = teacher = None
@@ -375,7 +356,7 @@ def experiment(config, seed, task, device, keep):
     rows.append(Row("sft", seed=seed))
     models["sft"] = student_ref
 
-    # 3. What the losses read. Of the teacher, TVKD reads psi: two numbers a pair, computed once.
+    # 3. What the losses read. TVKD uses one number per response of the teacher, computed here.
     available = {"pairs": pairs, "ref_logps": ref_logps, "teacher": teacher,
                  "beta": config.beta, "alpha": config.alpha}
     if "answers" in inputs:
@@ -384,12 +365,12 @@ def experiment(config, seed, task, device, keep):
     psi = {kind: teacher_psi(kind, config, pairs, teacher, teacher_ref, keep).to(device)
            for kind in kinds}                                                   # (2, N) each
 
-    # 4. Same start, same pairs, same order, same number of steps: only the loss differs.
+    # 4. Same start, same prompts, same order, same number of steps; the loss differs.
     for name, method in methods.items():
         for kind in kinds if "psi" in method.inputs else (None,):
             row = Row(name, kind, kind and config.terminal_of(kind), seed)
-            available["psi"] = psi.get(kind)
-            loss = method.loss(**{field: available[field] for field in method.inputs})
+            choices = {**available, "psi": psi.get(kind)}
+            loss = method.loss(**{field: choices[field] for field in method.inputs})
             models[row.label] = keep(row.label, fit, student_ref, loss,
                                      config.recipe("steps", method.lr), seed, expected=method.start,
                                      validate=Validation(student_ref, config.beta, val))
@@ -398,12 +379,9 @@ def experiment(config, seed, task, device, keep):
     # 5. The table: every model on the same held-out prompts. One process is enough.
     if not is_first():
         return [], {}, []
-    measured = {}
-    for row in rows:
-        origin = origins.get(row.label, (student_ref, config.beta))
-        measured[row.label] = keep(f"{row.label}.row", measure, models[row.label], *origin, test,
-                                   together=False)
-    fill(rows, measured)
+    fill(rows, {row.label: keep(f"{row.label}.row", measure, models[row.label],
+                                *origins.get(row.label, (student_ref, config.beta)), test,
+                                together=False) for row in rows})
     psi_shown = [keep(f"{row.label}.psi", psi_of_pairs, row.value, row.terminal, config.gamma,
                       teacher, teacher_ref, config.teacher_beta, models[row.label], student_ref,
                       config.beta, test, together=False)
@@ -426,7 +404,8 @@ def run(argv):
     with together(device) as device:
         # Read once: a file that changes between two seeds must not be mixed.
         pairs = load_pairs(config.data, "given" in config.value) if config.data else None
-        trusted = BEFORE_METHODS if config.trust_code else ()
+        # Beginnings of the names of stages that stay although the code changed.
+        trusted = ("teacher-", "student-", "ref-", "values-") if config.trust_code else ()
         keep = Keep(config.out, device, config.intervals(), trusted)
         outcome = Outcome(config, keep, started)
         for seed in range(config.seed, config.seed + config.seeds):

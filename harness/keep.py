@@ -11,6 +11,7 @@ at all, so the same command goes on after a kill. A locked folder serves one run
 """
 
 import ast
+import functools
 import hashlib
 import inspect
 import io
@@ -160,6 +161,12 @@ def digest_of_code(sources=SOURCES, root=ROOT):
     return digest.hexdigest()
 
 
+@functools.cache
+def digest_of_this_code():
+    """Of the code that this process runs: what is edited later has not been imported."""
+    return digest_of_code()
+
+
 def digest_of_tokenizer(tokenizer):
     """Of a learned vocabulary; any other is known by its name."""
     if tokenizer.name != "learned":
@@ -259,7 +266,7 @@ class Keep:
         self.lock = self.log_file = None
         self.common = {"torch": str(torch.__version__), "device": device.type,
                        "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
-                       "the code": digest_of_code()}
+                       "the code": digest_of_this_code()}
 
     @property
     def folder(self):

@@ -1,0 +1,319 @@
+"""The tables and figures of docs/results.md, from the records of evidence.run. Trains nothing.
+
+    python -m evidence.tables   rebuild what stands between <!-- NAME --> and <!-- /NAME --> in
+                                docs/results.md and README.md, and docs/*.svg
+
+Every mean is over seeds, every interval a 95% interval of that mean over seeds (Student's t).
+"Minus DPO" is paired: the difference, seed by seed, to DPO from the same student, on the same pairs
+and prompts; in a sweep at the same point. The row of "kd, on n pairs" is compared with DPO on all.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from data import UserError
+from evidence.cells import TEACHERS, choices, identity, without_setting
+from evidence.figures import figures
+from evidence.records import (SWEEPS, built, cell, exit_code, grouped, load, mean_text, name_of,
+                              option_of, plain_name, summary)
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ("docs/results.md", "README.md")
+
+COLUMNS = (("true reward", "reward", ".2f"), ("minus DPO", "vs_dpo", "+.2f"),
+           ("accuracy, labels", "pref_acc", ".3f"), ("minus DPO", "acc_vs_dpo", "+.3f"),
+           ("accuracy, truth", "true_acc", ".3f"), ("KL", "kl", ".2f"), ("tokens", "length", ".1f"))
+# What is swept: the first column of its table.
+SWEPT = {"alpha": "alpha", "beta": "beta",
+         "student_pairs": "student's pairs (the teacher's: 3,000)",
+         "student_width": "channels of the student (the teacher's: 96)", "steps": "steps",
+         "dose": "share of the student's labels turned round"}
+HEADINGS = {"full": "all", "facts": "facts", "manners": "manners", "contrary": "facts, bad manners"}
+
+# Sections that docs/results.md gets as soon as there is a record: before which heading, and what.
+SECTIONS = {
+    "knowledge": ("## Controls", """## What the teacher does not know
+
+The teacher's pairs are labelled by a part of the true reward, with draws of its own. The student's
+300 labels and the true reward stay the full one. Every method has 60 steps and its learning rate
+from one grid of four, chosen for each teacher on validation prompts (`python -m evidence.run
+knowledge`). Difference to DPO by what the teacher was taught:
+
+<!-- knowledge -->
+<!-- /knowledge -->
+
+![Difference to DPO of every method, for four teachers](knowledge.svg)
+
+True reward = facts + manners, and the KL to the reference:
+
+<!-- parts -->
+<!-- /parts -->
+
+"""),
+    "unseen": ("## Against KL distillation", """### Pairs that the teacher never saw
+
+The usual teacher has seen the student's pairs. This one was trained without them (`python -m
+evidence.run unseen`):
+
+<!-- unseen -->
+<!-- /unseen -->
+
+"""),
+    "released": ("## Real text", """## Forms of the released code
+
+[Formulas](released-code.md) of the released code on this task, over the full vocabulary, with both
+signs (`python -m evidence.run released`). This is what a formula does here and says nothing about
+the authors' results.
+
+<!-- released -->
+<!-- /released -->
+
+""")}
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+def markdown(header, rows):
+    lines = (header, ["---"] + ["---:"] * (len(header) - 1), *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def comparison(record, keys=None):
+    """A line a setting, over all seeds."""
+    truth_known = any(row.get("reward") is not None for row in record["rows"])
+    without = ("acc_vs_dpo",) if truth_known else ("reward", "vs_dpo", "true_acc")
+    columns = [column for column in COLUMNS if column[1] not in without
+               and (keys is None or column[1] in keys)]
+    lines = []
+    for name, rows in grouped(record["rows"]).items():
+        stored, _ = summary(rows, "bytes")
+        stored = "-" if stored is None or name == "teacher" else \
+            f"{stored:,.0f}" if stored >= 10 else f"{stored:.2g}"
+        lines.append([name, *(cell(rows, key, form) for _, key, form in columns), stored])
+    return markdown(["model", *(heading for heading, _, _ in columns), "bytes"], lines)
+
+
+def twice(record, again):
+    """Differences to DPO of a record and of the same experiment repeated by later code."""
+    first, second = ({name: cell(rows, "vs_dpo", "+.2f")
+                      for name, rows in grouped(record["rows"]).items()}
+                     for record in (record, again))
+    return markdown(["model", "minus DPO", "again"],
+                    [[name, first[name], second.get(name, "-")]
+                     for name in first if first[name] != "-"])
+
+
+def settings(record):
+    """A line a method, a column a setting of the grid; the best score in bold."""
+    scores, names = choices(record), {}
+    for row in record["rows"]:
+        teacher = row.get("teacher")
+        names[without_setting(row)] = name_of(row) + (f", teacher: {teacher}" if teacher else "")
+    grid = list(next(iter(scores.values())))
+    lines = []
+    for kind, of_kind in scores.items():
+        best = max(of_kind, key=of_kind.get)
+        lines.append([names[kind], *(f"**{of_kind[setting]:.2f}**" if setting == best
+                                     else f"{of_kind[setting]:.2f}" for setting in grid)])
+    return markdown(["steps, learning rate", *(f"{steps}, {lr:g}" for steps, lr in grid)], lines)
+
+
+def values(record):
+    """Correlation and agreement with the true reward, on the student's and on held-out pairs."""
+    lines, groups = [], grouped(record["rows"], lambda row: (row["value"], row["split"]))
+    for (kind, split), rows in groups.items():
+        where = "the student's pairs" if split == "train" else "held-out pairs"
+        lines.append([f"{kind}, {where}", str(rows[0]["n"]), cell(rows, "correlation", "+.2f"),
+                      cell(rows, "agrees", ".3f")])
+    return markdown(["value", "pairs a seed", "correlation", "same sign"], lines)
+
+
+def words(record):
+    """Mean psi of words by kind, on held-out pairs."""
+    kinds = (("right", "a right fact or thing", "+1"), ("wrong", "a wrong fact or thing", "-1"),
+             ("polite", "a polite sentence", "+0.5"), ("rude", "a rude sentence", "-0.5"))
+    groups = grouped([row for row in record["rows"] if row["split"] == "test"],
+                     lambda row: row["value"])
+    lines = [[title, worth, *(mean_text([row["words"][kind]["psi"] for row in rows], "+.2f")
+                              for rows in groups.values())] for kind, title, worth in kinds]
+    return markdown(["after", "true reward", *(f"psi, {kind}" for kind in groups)], lines)
+
+
+def sweep_table(record, option, keys):
+    """A line a value of the swept option; of every model trained at several, the columns `keys`."""
+    of_column = {key: (heading, form) for heading, key, form in COLUMNS}
+    at = grouped(record["rows"], lambda row: option_of(row, option, record))
+    names = [name for name, rows in grouped(record["rows"], plain_name).items()
+             if len({option_of(row, option, record) for row in rows}) > 1]
+    columns = [(name, key) for name in names for key in keys if (name, key) != ("dpo", "vs_dpo")]
+    lines = []
+    for x in sorted(at):
+        by_name = grouped(at[x], plain_name)
+        lines.append([f"{x:g}", *(cell(by_name.get(name, []), key, of_column[key][1])
+                                  for name, key in columns)])
+    return markdown([SWEPT[option], *(f"{name}, {of_column[key][0]}" for name, key in columns)],
+                    lines)
+
+
+def distance(record):
+    """Soft labels against tvkd at four times the beta, where both have gone about as far."""
+    at = grouped(record["rows"], lambda row: (plain_name(row), option_of(row, "beta", record)))
+    soft, tvkd, lines = "dpo, teacher's soft labels", "tvkd implicit/value", []
+    for beta in sorted(beta for name, beta in at if name == soft and (tvkd, 4 * beta) in at):
+        left, right = ({row["seed"]: row for row in at[name, b]}
+                       for name, b in ((soft, beta), (tvkd, 4 * beta)))
+        gaps = [left[seed]["reward"] - right[seed]["reward"] for seed in left]
+        lines.append([f"soft labels at {beta:g}, tvkd at {4 * beta:g}",
+                      *(cell(list(rows.values()), "kl", ".2f") for rows in (left, right)),
+                      mean_text(gaps, "+.2f")])
+    return markdown(["beta", "KL, soft labels", "KL, tvkd", "soft labels minus tvkd"], lines)
+
+
+def knowledge(record):
+    """A line a method, a column a teacher: the difference to DPO, bold where it is clear of 0."""
+    at, lines = of_teachers(record), []
+    for name in dict.fromkeys(name for name, _ in at):
+        if name != "dpo":
+            lines.append([name, *(marked(at[name, teacher]) for teacher in TEACHERS)])
+    return markdown(["what the teacher was taught", *(HEADINGS[t] for t in TEACHERS)], lines)
+
+
+def of_teachers(record):
+    """(name, teacher) -> rows. DPO reads no teacher: its one row stands for all."""
+    at = grouped(record["rows"], lambda row: (name_of(row), row["teacher"]))
+    dpo = next(rows for (name, _), rows in at.items() if name == "dpo")
+    return {**{("dpo", teacher): dpo for teacher in TEACHERS}, **at}
+
+
+def marked(rows):
+    """The difference to DPO; bold where its interval leaves out 0."""
+    mean, half = summary(rows, "vs_dpo")
+    text = cell(rows, "vs_dpo", "+.2f")
+    return f"**{text}**" if half is not None and abs(mean) > half else text
+
+
+def reward_and_parts(record):
+    """A line a method, a column a teacher: true reward = facts + manners, KL."""
+    at, lines = of_teachers(record), []
+    for name in dict.fromkeys(name for name, _ in at):
+        texts = []
+        for teacher in TEACHERS:
+            reward, facts, manners, kl = (summary(at[name, teacher], key)[0]
+                                          for key in ("reward", "facts", "manners", "kl"))
+            texts.append(f"{reward:.2f} = {facts:.2f} {manners:+.2f}, KL {kl:.1f}")
+        lines.append([name, *texts])
+    return markdown(["what the teacher was taught", *(HEADINGS[t] for t in TEACHERS)], lines)
+
+
+def real(records):
+    """A table for each preference file."""
+    texts = []
+    for name, record in records.items():
+        if name.startswith("real_"):
+            n, splits = [row["pref_n"] for row in record["rows"]], record["rows"]
+            splits = len({row["seed"] for row in splits})
+            texts.append(f"`{name.removeprefix('real_')}`, {splits} splits, {min(n)} to {max(n)} "
+                         f"held-out pairs each:\n\n{comparison(record)}")
+    return "\n\n".join(texts)
+
+
+def readme(records):
+    """The README's rows; with a record of `knowledge`, also what other teachers are worth."""
+    groups, lines = grouped(records["main"]["rows"]), []
+    at = of_teachers(records["knowledge"]) if "knowledge" in records else {}
+    columns = [column for column in COLUMNS if column[1] in ("reward", "vs_dpo", "true_acc", "kl")]
+    for name in ("dpo", "tvkd implicit/value", "tvkd logits/hold", "dpo, teacher's soft labels",
+                 "kd"):
+        lines.append([name, *(cell(groups[name], key, form) for _, key, form in columns),
+                      *(marked(at.get((name, teacher), [])) for teacher in TEACHERS[1:] if at)])
+    return markdown(["model", *(heading for heading, _, _ in columns),
+                     *(f"minus DPO, teacher taught {HEADINGS[t]}" for t in TEACHERS[1:] if at)],
+                    lines)
+
+
+def cost(records):
+    """What the records took to make, on what, and how many differences to DPO they show."""
+    seconds, compared = {}, 0
+    for name, record in records.items():
+        if name != "again":
+            seconds |= {(row["seed"], identity(row)): row["seconds"] for row in record["rows"]}
+            key = "acc_vs_dpo" if name.startswith("real_") else "vs_dpo"
+            compared += sum(summary(rows, key)[0] is not None
+                            for rows in grouped(record["rows"], identity).values())
+    machines = sorted({f"{m['machine']}, Python {m['python']}, torch {m['torch']}"
+                   for m in (record["made"] for record in records.values())})
+    return (f"{len(seconds):,} cells took {sum(seconds.values()) / 60:.0f} minutes of one thread: "
+            f"{'; '.join(machines)}. The tables show {compared} differences to DPO.")
+
+
+TABLES = {      # mark: its record and what builds it
+    **{name: (name, comparison) for name in ("main", "bytes", "gauge", "unseen", "released")},
+    "values": ("values", values), "words": ("values", words), "distance": ("frontier", distance),
+    "knowledge": ("knowledge", knowledge), "parts": ("knowledge", reward_and_parts)}
+
+
+def tables(records):
+    """Mark -> the text that stands there, for the records there are."""
+    texts = {mark: built(name, table, records[name]) for mark, (name, table) in TABLES.items()
+             if name in records}
+    for name, record in records.items():
+        if name.startswith("tune"):
+            texts[name] = built(name, settings, record)
+        if name in SWEEPS:
+            keys = ("kl",) if name in ("alpha", "frontier", "length") else ()
+            texts[name] = built(name, sweep_table, record, SWEEPS[name],
+                                ("reward", "vs_dpo", *keys))
+    if any(name.startswith("real_") for name in records):
+        texts["real"] = built("real", real, records)
+    if "main" in records:
+        texts["readme"] = built("main", readme, records)
+        if "again" in records:
+            texts["again"] = built("again", twice, records["main"], records["again"])
+    return texts
+
+
+# --------------------------------------------------------------------------------------------------
+# The documents
+
+def filled(text, texts, where):
+    """The text with what stands between each pair of marks replaced."""
+    def replacement(match):
+        if match[1] not in texts:
+            raise UserError(f"{where}: expected a record for the mark {match[1]}, got "
+                            f"{', '.join(texts) or 'none'}")
+        return f"<!-- {match[1]} -->\n{texts[match[1]]}\n<!-- /{match[1]} -->"
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", replacement, text, flags=re.DOTALL)
+
+
+def with_sections(text, records):
+    """docs/results.md with the sections of SECTIONS whose record there is."""
+    for name, (heading, section) in SECTIONS.items():
+        if name in records and f"<!-- {name} -->" not in text:
+            text = text.replace(f"\n{heading}\n", f"\n{section}{heading}\n", 1)
+    return text
+
+
+def rebuild(root=ROOT):
+    """Rewrite the documents and figures under `root` from the records there."""
+    records = load(root / "evidence" / "results")
+    texts, files = {**tables(records), "cost": cost(records)}, {}
+    for name in DOCS:
+        text = (root / name).read_text(encoding="utf-8")
+        text = with_sections(text, records) if name == DOCS[0] else text
+        files[name] = filled(text, texts, name)
+    files |= {f"docs/{name}.svg": svg for name, svg in figures(records).items()}
+    for name, text in files.items():
+        (root / name).write_text(text, encoding="utf-8")
+
+
+def main(argv=None, root=ROOT):
+    argparse.ArgumentParser(prog="python -m evidence.tables", description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    return exit_code(lambda _: rebuild(root), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
