@@ -53,7 +53,7 @@ class Splits(NamedTuple):
 
 
 # --- the toy task --------------------------------------------------------------------------------
-# A prompt names a thing and its facts. A good answer repeats two to four facts correctly, politely.
+# A prompt names a thing and its facts. A good answer names up to four facts, all right, politely.
 
 THINGS = ("cat", "dog", "horse", "bird", "car", "boat",
           "house", "chair", "lamp", "clock", "bridge", "tree")
@@ -183,14 +183,14 @@ def collate(rows):
 
     The mask comes from lengths, never from ids: EOS may well be the padding id.
     """
-    ends = [len(prompt) + len(response) for prompt, response in rows]
-    tokens = torch.zeros(len(rows), max(ends), dtype=torch.long)        # (B, T+1), any id pads
-    mask = torch.zeros(len(rows), max(ends) - 1, dtype=torch.bool)      # (B, T)
-    for i, (prompt, response) in enumerate(rows):
-        tokens[i, :ends[i]] = torch.tensor(prompt + response)
-        # Action t is tokens[t+1], so the first response token, tokens[p], is action p-1.
-        mask[i, len(prompt) - 1:ends[i] - 1] = True
-    return tokens, mask
+    starts = np.array([[len(prompt)] for prompt, _ in rows])
+    ends = starts + [[len(response)] for _, response in rows]           # (B, 1)
+    columns = np.arange(ends.max())                                     # (T+1,)
+    tokens = np.zeros((len(rows), len(columns)), dtype=np.int64)        # (B, T+1), any id pads
+    tokens[columns < ends] = [token for prompt, response in rows for token in prompt + response]
+    # Action t is tokens[t+1], so the first response token, tokens[p], is action p-1.
+    mask = (columns[1:] >= starts) & (columns[1:] < ends)               # (B, T)
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
 def epochs(n, batch_size, generator):

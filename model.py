@@ -4,7 +4,7 @@ One class serves as teacher, student and reference. It follows Karpathy's nanoGP
 (github.com/karpathy/nanoGPT, model.py) and GPT-2 (Radford et al. 2019): pre-LayerNorm blocks,
 learned positions, GELU, an output head tied to the token embedding. Parameters have nanoGPT's
 names. Unlike nanoGPT, `forward` returns logits and no loss, and `generate` takes prompts of unequal
-length and caches keys and values. Left out: losses, optimiser, checkpoint formats.
+length and caches keys and values. Left out: losses, optimiser, files.
 
 B rows, T positions, C = n_embd channels, H heads of D = C / H channels, S = block_size, V tokens in
 the vocabulary. In the second half a row of a batch is `tokens` with T+1 ids, as in tvkd.py.
@@ -222,7 +222,7 @@ def draw(logits, temperature, generator=None):
     """One token from each row of logits (B, V) -> (B,) ids; temperature 0: the most likely one.
 
     The first token at which the cumulated probability passes a uniform number. torch.multinomial
-    does the same with one random number a token of the vocabulary, for a third of all the time.
+    would draw a random number for every token of the vocabulary, which is slow.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -260,8 +260,8 @@ def device_of(model):
 
 
 # --------------------------------------------------------------------------------------------------
-# Log-probs, values and psi of many rows. One function, `score`, serves policy, reference and
-# teacher: two code paths would differ at step 0, where DPO's loss must be ln 2.
+# Log-probs, values and psi of many rows. One function, `score`, gives the log-probs of policy,
+# reference and teacher: two code paths would differ at step 0, where DPO's loss must be ln 2.
 
 def both_responses(pairs):
     """Pairs -> 2N Examples: all chosen responses, then all rejected ones."""
@@ -284,8 +284,8 @@ def batches(rows, batch_size, device):
 def part_size(rows):
     """How many rows of a batch to pass through the model at once: same loss, less padding.
 
-    Sorted by length, in as few parts as keep the padding within a tenth. At least two: half a
-    batch fits the processor's cache better.
+    Two to eight parts, sorted by length, the fewest that keep the padding within a tenth. Not one:
+    half a batch fits the processor's cache better.
     """
     lengths = sorted(len(row.prompt) + len(row.response) for row in rows)
     for parts in range(2, 9):
@@ -304,7 +304,7 @@ def tokens_in(rows):
 def score(model, tokens, mask):
     """Log-probs of the response tokens: tokens (B, T+1), mask (B, T) -> (B, T) nats, 0 elsewhere.
 
-    Only response states meet the output head; prompts would cost as much and are never scored.
+    Only these states meet the output head: prompts would cost as much.
     """
     logits = model(tokens, F.pad(mask, (0, 1)))             # (n, V); nobody acts in the last state
     logps = action_logps(logits, tokens[:, 1:][mask])       # (n,)

@@ -51,7 +51,7 @@ from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
-    """Mean of -log pi(a|s) per token: supervised fine-tuning, and bc on the teacher's answers."""
+    """-log pi(a|s), a mean over tokens: supervised fine-tuning, and bc on the teacher's answers."""
     answers: list               # answers[i]: the Examples trained on when index i is drawn
 
     def __len__(self):
@@ -69,7 +69,7 @@ class Likelihood:
 
 @dataclass(frozen=True, eq=False)
 class KD:
-    """Mean of KL(teacher || student) per token of both responses.
+    """KL(teacher || student), a mean over the tokens of both responses.
 
     The teacher is read in every step: its logits are V floats a token, too many to keep.
     """

@@ -20,7 +20,7 @@ Two choices are left to the caller, because they decide what TVKD does.
 1. The value: `soft_value` reads raw logits, but training never fixes their constant c(s) per state.
    `implicit_value` does not depend on c(s). It is ours, and the default.
 2. The potential of the finished answer: `terminal` in `shaping`. With "zero" and gamma = 1 TVKD is
-   DPO, loss and gradient. All that TVKD adds to DPO comes from the other two.
+   DPO for two answers to one prompt. All that it adds to DPO comes from the other two.
 
 Symbols. B rows, V tokens in the vocabulary. A row of `tokens` has T+1 ids: prompt, response, EOS,
 padding.
@@ -46,7 +46,7 @@ def _expect_shape(shape, **tensors):
 
 
 def _at_least_float32(logits):
-    # A bfloat16 sum of log-probs near -300 is off by up to 1 nat.
+    # bfloat16 numbers near -300 are 2 apart: a summed log-prob would be off by up to 1 nat.
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
@@ -94,7 +94,7 @@ def sequence_logps(logps, mask):
 #                                                                     arXiv 2305.18290, equation 7
 
 def _reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """How much more implicit reward the policy gives the chosen response: beta * log-ratios."""
+    """How much more implicit reward the policy gives the chosen response, beta * nats."""
     _expect_shape(policy_chosen.shape, policy_rejected=policy_rejected, ref_chosen=ref_chosen,
                   ref_rejected=ref_rejected)
     chosen_logratio = policy_chosen - ref_chosen.detach()           # log pi(y_w|x) / pi_ref(y_w|x)
@@ -196,16 +196,16 @@ def shaping(values, mask, gamma=1.0, terminal="value"):
 # alpha < 0, "plus". Student and teacher together explain the label; the student learns what the
 #     teacher leaves:  sum r = beta log-ratio + |alpha| sum psi + (prompt only).
 # The label is Bradley-Terry on sum r, which gives L. With u = Phi(s_end) and unlimited labels the
-# optimum is pi_ref exp((r + alpha u)/beta): minus adds what the teacher knows, plus takes it away.
+# optimum is pi_ref exp((r + alpha u)/beta): minus adds what the teacher knows, plus leaves it out.
 
 def tvkd_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, psi_chosen, psi_rejected,
               beta, alpha):
     """The TVKD loss of each pair: sequence log-probs (B,) in nats, summed psi (B,) -> (B,) nats.
 
     psi is a constant of the data: no gradient reaches it, and alpha (psi_w - psi_l) is a margin
-    offset of ODPO's form. The gradient weighs a pair by sigmoid(alpha dpsi - beta dlogratio), d for
-    chosen minus rejected. At the same policy that is more than DPO's weight exactly where
-    alpha dpsi > 0. alpha = 0 is DPO.
+    offset of ODPO's form. The gradient weighs a pair by sigmoid(alpha dpsi - beta dlogratio),
+    where dx = x_chosen - x_rejected. At the same policy that is more than DPO's weight exactly
+    where alpha dpsi > 0. alpha = 0 is DPO.
     """
     _expect_shape(policy_chosen.shape, psi_chosen=psi_chosen, psi_rejected=psi_rejected)
     margin = _reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)

@@ -5,7 +5,8 @@
     python -m evidence.bench --pairs[=100000]     how reading, tokenising and training grow
     python -m evidence.bench --large[=cuda]       a GPT-2 small student, a GPT-2 medium teacher
     python -m evidence.bench --sizes              a table of the memory of training, computed
-    python -m evidence.bench --json               one JSON object: {key: {"value", "limit", "what"}}
+    python -m evidence.bench --json               {key: {"value", "limit", "what"}}, and where timed
+                                                  twice "value_2_threads", "limit_2_threads"
     python -m evidence.bench --quick              tiny sizes: whether it runs; no figure counts
 
 Most times are ratios: two things run in turn, A B A B ..., and the median of the ratios of
@@ -120,6 +121,8 @@ class Step:
         train.gradient(self.model, self.model, self.loss, self.ids, 0)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        if self.ids.is_cuda:
+            torch.cuda.synchronize()
 
 
 def random_pairs(n, length, vocab_size):
@@ -235,7 +238,7 @@ def multiply(factors):
 
 
 def of_matmuls(model, pairs, repeats):
-    """FLOP/s of a step over what torch.matmul alone reaches on the step's own shapes."""
+    """FLOP/s of a step over what torch.matmul alone reaches on the same shapes."""
     step, products = Step(model, dpo_and_tvkd(pairs)[0], len(pairs)), MatmulShapes()
     products.shapes = []
     with products, FlopCounterMode(display=False) as counter:
@@ -244,7 +247,7 @@ def of_matmuls(model, pairs, repeats):
     share = counter.get_total_flops() / sum(2 * a.numel() * b.shape[-1] for a, b in factors)
     yield ("matmul_fraction", share * ratio(repeats, partial(multiply, factors), step),
            "FLOP/s of a DPO step of the teacher, linear layers counted alone, over those of "
-           "torch.matmul on the step's own shapes")
+           "torch.matmul on the same shapes")
 
 
 TINY = ("--train_pairs=8 --student_pairs=4 --val_pairs=1 --test_pairs=2 --samples=1 "
@@ -348,7 +351,7 @@ def of_memory(teacher, pairs, quick):
     rows = both_responses(pairs)
     values = cached_values("implicit", teacher, teacher, rows, 1.0, len(rows))
     yield ("teacher_bytes_per_token", sum(value.nbytes for value in values) / tokens_in(rows),
-           "kept of the teacher for a token of a pair")
+           "stored of the teacher's values for a token of a pair")
     V, T, B, C = (5000, 32, 6, 8) if quick else (50257, 128, 6, 64)
     model, (loss, _) = GPT(GPTConfig(V, T, 1, 4, C)), dpo_and_tvkd(random_pairs(B, T, V))
     ours, parts, whole = (peak_of_gradient(model, loss, B, *changes)
@@ -401,7 +404,10 @@ def resident_bytes(device=CPU):
 
 
 def of_large(device, quick):
-    """A TVKD step of a GPT-2 small student under a GPT-2 medium teacher, random weights."""
+    """A TVKD step of a GPT-2 small student under a GPT-2 medium teacher, random weights.
+
+    Measured on a CPU only: nothing here has run on CUDA.
+    """
     small, medium, T = ((GPTConfig(500, 32), GPTConfig(500, 32), 32) if quick
                         else (SMALL, MEDIUM, 256))
     before, pairs = resident_bytes(device), random_pairs(8, T, small.vocab_size)
@@ -414,7 +420,7 @@ def of_large(device, quick):
     psi = summed_psi(values, rows, 1.0, "value").view(2, -1).to(device)
     ref_logps = cached_logps(ref, rows, 8).view(2, -1)
     step = Step(deepcopy(ref).requires_grad_(True), TVKD(pairs, ref_logps, psi, 1.0, 1.0), 8)
-    [[training]] = in_turn(1, step)             # gradient() reads its sums, so the device is done
+    [[training]] = in_turn(1, step)
     peak = resident_bytes(device) - before
     others = 2 * count(medium) + count(small)
     computed = sum(training_bytes(small, len(rows), T, 0.5, others).values())

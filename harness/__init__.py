@@ -1,6 +1,6 @@
 """Everything around the method: options, kept files, processes, preference files, the report.
 
-Nothing in this folder is in the paper, and nothing in it imports train.py.
+Nothing in this folder is part of the method, and nothing in it imports train.py.
 """
 
 import os

@@ -116,7 +116,7 @@ def ask(config, past, tokenizer, models, origins):
 def show_answers(prompts, ids, models, tokenizer, config, seed):
     """One sampled answer of every model to each prompt, with its true reward on the toy task.
 
-    prompts: text, the same one next to each other; ids: the same prompts as ids.
+    prompts: text, equal ones next to each other; ids: the same prompts as ids.
     """
     answers = {name: sample(model, ids, tokenizer.eot_token, config.max_new_tokens,
                             config.batch_size, seed) for name, model in models.items()}

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from harness.report import landmarks
-from harness.table import interval
+from harness.numbers import interval, landmarks
 from model import (batches, both_responses, cached_logps, cached_psi, cached_values, device_of,
                    evaluating)
 

@@ -1,6 +1,6 @@
 """Preference files: JSONL, one pair a line, in any of the layouts of `parse_pair` -> Pairs of text.
 
-Nothing in a file is skipped silently. A row that cannot be read as one pair is refused with
+No pair is skipped silently. A row that cannot be read as one pair is refused with
 `file:line: expected ...`, and so is a row with images, tool calls or other content that no text
 model would see. Fields of any other name (an id, a source, scores) are not read.
 """

@@ -15,6 +15,7 @@ import sys
 from html import escape
 from pathlib import Path
 
+from harness.numbers import landmarks
 from harness.table import COLUMNS, Row, by_label, known_columns, printable, summary
 
 SUM = {     # what psi adds up to with gamma = 1, by the potential of the finished response
@@ -57,7 +58,7 @@ RESULTS = {
         "margin?": "number",        # beta (log-ratio of chosen - of rejected) of the student
                                     # trained with this seed, value and terminal
         "chosen": RESPONSE, "rejected": RESPONSE}],
-    "scatter?": [{                  # all held-out pairs, once for each kind of value
+    "scatter?": [{                  # up to 200 held-out pairs, once for each kind of value
         "seed": "whole number", "value": "text",
         "chosen": ["number"], "rejected": ["number"],       # landmarks(values) of the response
         "margin": "number",                                 # as above
@@ -230,15 +231,6 @@ def pairs_html(pairs, gamma):
 
 # ------------------------------------------------------------------------------------------------
 # The panel
-
-def landmarks(values):
-    """V(s_p) to V(s_end) of a response -> V(s_p), the sum of those between, V(s_end-1), V(s_end).
-
-    With these the sum of psi is known for every gamma and terminal:
-    gamma Phi(s_end) - V(s_p) - (1 - gamma) * the sum of those between.
-    """
-    return [values[0], math.fsum(values[1:-1]), values[-2], values[-1]]
-
 
 def panel_pair(chosen, rejected, margin, gap, beta):
     return {"chosen": chosen, "rejected": rejected, "logratio": (margin or 0.0) / beta, "gap": gap}

@@ -1,15 +1,13 @@
 """The comparison table and psi per token, as text for the terminal. Standard library only."""
 
-import math
 import statistics
 from dataclasses import dataclass, field
+
+from harness.numbers import interval
 
 COLUMNS = (("true reward", "reward", ".2f"), ("minus DPO", "vs_dpo", "+.2f"),   # title, key, format
            ("held-out accuracy", "pref_acc", ".3f"), ("KL to reference", "kl", ".2f"),
            ("tokens", "length", ".1f"))
-# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom: 1.96 is too narrow for few seeds.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-         2.145, 2.131, 2.120, 2.110)
 # Backgrounds of a 256-colour terminal, faint to full: this token raises the teacher's value (blue)
 # or lowers it (orange).
 MORE, LESS = (189, 153, 117, 75), (230, 223, 216, 208)
@@ -47,21 +45,12 @@ class Row:
 
 
 def printable(text):
-    """Text without what a terminal would obey: control characters, line breaks, bidi overrides."""
+    """data.printable again, since this file needs only the standard library."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 # ------------------------------------------------------------------------------------------------
 # The comparison table
-
-def interval(numbers):
-    """Half-width of a 95% interval of the mean, by Student's t; None for a single number."""
-    freedom = len(numbers) - 1
-    if freedom < 1:
-        return None
-    t = T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.4 / freedom      # right to 0.01
-    return t * statistics.stdev(numbers) / math.sqrt(len(numbers))
-
 
 def summary(rows, key):
     """Mean and 95% interval of one method's rows; (None, None) where the number is unknown.

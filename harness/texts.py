@@ -17,7 +17,7 @@ class Task(NamedTuple):
 def load_task(config, seed, pairs=None):
     """The toy task, or `pairs`, the preferences of --data -> Task. Prints what was left out.
 
-    Raises UserError before anything is printed.
+    Raises UserError before the counts are printed.
     """
     sizes, lines = (config.train_pairs, config.val_pairs, config.test_pairs), [f"seed {seed}"]
     if pairs is None:

@@ -8,7 +8,7 @@ that model.safetensors.index.json lists. A safetensors file:
                                       "data_offsets": [0, 19200]}, ...}
     the rest    the numbers of all tensors without a gap; offsets count from the end of the JSON
 
-GPT-2's names are ours, because nanoGPT took them over. Its linear layers (Conv1D) hold the
+Our names are GPT-2's, by way of nanoGPT. Its linear layers (Conv1D) hold the
 transpose of ours. A file that would load and compute something else is refused, and so is one that
 would only fail in training. Left out: other architectures, pytorch_model.bin.
 """
