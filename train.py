@@ -141,12 +141,12 @@ def with_metrics(losses, logps, beta, both):
     return {**sums, "n": len(losses), "tokens": tokens_in(both)}
 
 
-def ln_2(loss, ids):
+def dpo_loss_at_start(loss, ids):
     """At step 0 policy = reference: every margin is 0, and -log sigmoid(0) = ln 2."""
     return torch.full((len(ids),), math.log(2))
 
 
-def psi_alone(loss, ids):
+def tvkd_loss_at_start(loss, ids):
     """At step 0 only the teacher's term is left: -log sigmoid(-alpha (sum psi_w - sum psi_l))."""
     psi_chosen, psi_rejected = loss.psi[:, ids]
     return -F.logsigmoid(-loss.alpha * (psi_chosen - psi_rejected))
@@ -160,7 +160,7 @@ class Method:
     loss: type              # called with the inputs by name
     lr: str                 # which option is its learning rate
     inputs: tuple           # any of: pairs, ref_logps, beta, alpha, psi, teacher, answers
-    start: object = None    # (loss, ids) -> what each pair's loss must be at step 0, if known
+    loss_at_start: object = None    # (loss, ids) -> what it must be at step 0, of each pair
 
     @property
     def needs_teacher(self):        # psi may also come with the pairs (--value=given)
@@ -170,19 +170,19 @@ class Method:
 METHODS = {
     "bc": Method(Likelihood, "distill_lr", ("answers",)),
     "kd": Method(KD, "distill_lr", ("pairs", "teacher")),
-    "dpo": Method(DPO, "lr", ("pairs", "ref_logps", "beta"), ln_2),
-    "tvkd": Method(TVKD, "lr", ("pairs", "ref_logps", "psi", "beta", "alpha"), psi_alone),
+    "dpo": Method(DPO, "lr", ("pairs", "ref_logps", "beta"), dpo_loss_at_start),
+    "tvkd": Method(TVKD, "lr", ("pairs", "ref_logps", "psi", "beta", "alpha"), tvkd_loss_at_start),
 }
 
 
 # --------------------------------------------------------------------------------------------------
 # Training
 
-def fit(start, loss, recipe, seed, expected=None, validate=None, progress=None):
+def fit(start, loss, recipe, seed, loss_at_start=None, validate=None, progress=None):
     """Train a copy of `start` on `loss` -> the trained model, frozen.
 
     recipe: steps, lr, batch_size, micro_batch. AdamW with the learning rate of `schedule`.
-    expected: a Method's `start`, checked before the first step. validate(model) -> metrics, now and
+    loss_at_start: a Method's, checked before the first step. validate(model) -> metrics, now and
     then. progress: harness.progress.Progress, which logs and saves; `keep` passes it. Validating
     and logging do not affect training: the order of batches has a generator of its own. Raises
     FloatingPointError where loss or gradient is not finite.
@@ -193,9 +193,9 @@ def fit(start, loss, recipe, seed, expected=None, validate=None, progress=None):
     network = model if rank_and_world()[1] == 1 else DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0, fused=True)
-    if expected:
+    if loss_at_start:
         first = torch.arange(min(len(loss), recipe.micro_batch or recipe.batch_size), device=device)
-        check_start(loss, model, first, expected(loss, first))
+        check_start(loss, model, first, loss_at_start(loss, first))
     order = data.epochs(len(loss), recipe.batch_size, torch.Generator().manual_seed(seed))
     behind = progress.go_on_from(model, optimizer)
     for _ in range(behind):
@@ -209,10 +209,12 @@ def fit(start, loss, recipe, seed, expected=None, validate=None, progress=None):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not math.isfinite(total["loss"]) or not norm.isfinite():
                 # Raised before the step, so that no checkpoint contains it.
+                hint = f"a lower learning rate than {recipe.lr}" if step > 1 else \
+                    "another start: its weights are not finite or too large"
                 raise FloatingPointError(
                     f"{progress.stage}: loss {total['loss'] / total['n']}, gradient norm "
-                    f"{norm.item()} at step {step}; expected finite numbers, try a lower learning "
-                    f"rate than {recipe.lr}; batch {ids.tolist()}")
+                    f"{norm.item()} at step {step}; expected finite numbers, try {hint}; "
+                    f"batch {ids.tolist()}")
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * schedule(step, recipe.steps)
             optimizer.step()
@@ -262,19 +264,20 @@ def check_start(loss, model, ids, expected):
     grads = torch.autograd.grad(start, list(model.parameters()))
     norm, start = torch.stack([grad.norm() for grad in grads]).norm().item(), start.item()
     is_ln_2 = " = ln 2" if abs(expected - math.log(2)) < 1e-6 else ""
-    print(f"  step 0 check: loss {start:.4f}, expected {expected:.4f}{is_ln_2}; "
+    print(f"  step 0 check on {len(ids)} pairs: loss {start:.4f}, expected {expected:.4f}{is_ln_2}; "
           f"margin {margin:.1e}, expected 0; gradient norm {norm:.3g}, expected not 0")
     if not math.isfinite(start + norm):
         raise FloatingPointError("the step 0 check failed: expected a finite loss and gradient; "
                                  "the weights or psi are not finite")
     # The reference was scored in other batches, so its sums are rounded in another order.
-    rounding = (0.2 if model.config.bfloat16 else 1e-3) * max(1.0, loss.beta)
+    beta = getattr(loss, "beta", 1.0)
+    rounding = (0.2 if model.config.bfloat16 else 1e-3) * max(1.0, beta)
     if abs(margin) > rounding or abs(start - expected) > rounding + 1e-6 * abs(expected):
         raise RuntimeError("the step 0 check failed: policy and reference are not the same model, "
                            "or are scored differently")
     if norm == 0:
         raise RuntimeError("the step 0 check failed: expected a gradient, got 0; "
-                           f"beta={loss.beta:g} may be too small for float32")
+                           f"beta={beta:g} may be too small for float32")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,7 +308,7 @@ def train_teacher(config, seed, ids, new_teacher, val, keep):
                      config.batch_size).view(2, -1)                             # (2, all pairs)
     teacher = keep("teacher-dpo", fit, teacher_ref, DPO(pairs, ref_logps, beta),
                    config.recipe("teacher_dpo_steps", "teacher_dpo_lr"), seed,
-                   expected=ln_2, validate=Validation(teacher_ref, beta, val))
+                   loss_at_start=dpo_loss_at_start, validate=Validation(teacher_ref, beta, val))
     return teacher_ref, teacher
 
 
@@ -372,7 +375,8 @@ def experiment(config, seed, task, device, keep):
             choices = {**available, "psi": psi.get(kind)}
             loss = method.loss(**{field: choices[field] for field in method.inputs})
             models[row.label] = keep(row.label, fit, student_ref, loss,
-                                     config.recipe("steps", method.lr), seed, expected=method.start,
+                                     config.recipe("steps", method.lr), seed,
+                                     loss_at_start=method.loss_at_start,
                                      validate=Validation(student_ref, config.beta, val))
             rows.append(row)
 

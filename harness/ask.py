@@ -97,6 +97,8 @@ def ask(config, past, tokenizer, models, origins):
     if not 0 < len(ids) <= room:
         raise UserError(f"--ask: expected a prompt of 1 to {room} tokens, got {len(ids)}")
     print(f"{ANSWERS} answers of each model at temperature 1; the same command repeats them")
+    if not past.data and not TOY_PROMPT.match(config.ask):
+        print("these models only know prompts like: Describe the cat: red, small, fast, old.")
     answers = show_answers([config.ask] * ANSWERS, [ids] * ANSWERS, models, tokenizer, past,
                            config.seed)
     if config.tokens:

@@ -49,7 +49,7 @@ class Config:
     score: str = option("", "score the pairs of this JSONL file with those models, into "
                             "scores.jsonl in --out")
     tokens: int = option(0, "1, beside --score: log-ratios of every token; beside --ask: psi of "
-                            "every token of each answer")
+                            "each model's first answer, token by token")
     export: str = option("", "write those models into this folder, for the transformers library")
     alpha: float = option(1.0, "weight of the teacher's psi in TVKD; 0 is DPO, below 0 the plus "
                                "reading of the loss", "the loss")

@@ -17,7 +17,7 @@ from harness.options import Recipe
 from harness.progress import Progress
 from model import (GPT, GPTConfig, both_responses, cached_logps, cached_psi, cached_values, frozen,
                    score, summed_psi)
-from train import DPO, KD, TVKD, Likelihood, check_start, fit, gradient, ln_2, psi_alone, schedule
+from train import DPO, KD, TVKD, Likelihood, check_start, fit, gradient, dpo_loss_at_start, tvkd_loss_at_start, schedule
 from tvkd import implicit_value, kd_loss, sequence_logps
 
 EVERY = torch.arange(5)
@@ -347,7 +347,7 @@ def test_training_moves_the_policy_alone(small):
     still = (small.student, small.ref, small.teacher)
     before = [copy.deepcopy(model.state_dict()) for model in still]
     loss = TVKD(small.pairs, logps_of(small.ref, small), psi, 1.0, 1.0)
-    trained = fit(small.student, loss, Recipe(3, 1e-2, 8, 0), 0, expected=psi_alone)
+    trained = fit(small.student, loss, Recipe(3, 1e-2, 8, 0), 0, loss_at_start=tvkd_loss_at_start)
     for model, state in zip(still, before):
         assert all(torch.equal(x, model.state_dict()[name]) for name, x in state.items())
         assert all(p.grad is None for p in model.parameters())
@@ -372,20 +372,20 @@ def test_step_0_check_notices_another_reference(small):
     for source, is_right in ((small.ref, True), (small.teacher, False)):
         loss = DPO(small.pairs, logps_of(source, small), 1.0)
         if is_right:
-            check_start(loss, small.student, EVERY, ln_2(loss, EVERY))
+            check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
         else:
             with pytest.raises(RuntimeError, match="step 0 check failed: policy and reference"):
-                check_start(loss, small.student, EVERY, ln_2(loss, EVERY))
+                check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
 
 
 def test_step_0_check_expects_what_psi_alone_gives(small, capsys):
     """alpha 2, psi 1 and 0: -log sigmoid(-2) = ln(1 + e^2) = 2.1269. ln 2 is not what it is."""
     psi = torch.tensor([[1.0] * 5, [0.0] * 5])
     loss = TVKD(small.pairs, logps_of(small.ref, small), psi, 1.0, 2.0)
-    check_start(loss, small.student, EVERY, psi_alone(loss, EVERY))
+    check_start(loss, small.student, EVERY, tvkd_loss_at_start(loss, EVERY))
     assert "loss 2.1269, expected 2.1269; margin " in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="policy and reference"):
-        check_start(loss, small.student, EVERY, ln_2(loss, EVERY))
+        check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
 
 
 def test_step_0_check_allows_for_rounding_in_proportion_to_beta(small):
@@ -394,16 +394,16 @@ def test_step_0_check_allows_for_rounding_in_proportion_to_beta(small):
     for off, is_rounding in ((1e-5, True), (1.0, False)):
         loss = DPO(small.pairs, torch.stack([chosen + off, rejected]), 1e4)
         if is_rounding:
-            check_start(loss, small.student, EVERY, ln_2(loss, EVERY))
+            check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
         else:
             with pytest.raises(RuntimeError, match="policy and reference"):
-                check_start(loss, small.student, EVERY, ln_2(loss, EVERY))
+                check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
 
 
 def test_step_0_check_names_a_beta_that_is_too_small(small):
     loss = DPO(small.pairs, logps_of(small.ref, small), 1e-46)
     with pytest.raises(RuntimeError, match="expected a gradient, got 0; beta=1e-46 may be too sm"):
-        check_start(loss, small.student, EVERY, ln_2(loss, EVERY))
+        check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
 
 
 def test_step_0_check_stops_where_weights_are_not_finite(small):
@@ -411,7 +411,7 @@ def test_step_0_check_stops_where_weights_are_not_finite(small):
     with torch.no_grad():
         small.student.transformer.wte.weight[7] = math.nan
     with pytest.raises(FloatingPointError, match="expected a finite loss and gradient"):
-        check_start(loss, small.student, EVERY, ln_2(loss, EVERY))
+        check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
 
 
 def test_step_0_check_takes_no_more_than_a_micro_batch(small, monkeypatch):
@@ -421,5 +421,5 @@ def test_step_0_check_takes_no_more_than_a_micro_batch(small, monkeypatch):
                         seen.append((ids.tolist(), len(expected))))
     loss = DPO(small.pairs, logps_of(small.ref, small), 1.0)
     for batch_size, micro_batch in ((4, 3), (2, 0), (8, 0)):
-        fit(small.student, loss, Recipe(1, 1e-3, batch_size, micro_batch), 0, expected=ln_2)
+        fit(small.student, loss, Recipe(1, 1e-3, batch_size, micro_batch), 0, loss_at_start=dpo_loss_at_start)
     assert seen == [([0, 1, 2], 3), ([0, 1], 2), ([0, 1, 2, 3, 4], 5)]
