@@ -31,7 +31,7 @@ import data
 from harness.ask import use_run
 from harness.evaluate import (HeldOut, Validation, fill, is_correct, measure, psi_of_pairs,
                               reward_margins, sample)
-from harness.keep import Keep
+from harness.keep import Keep, refuse_inside
 from harness.options import in_bfloat16, parse_args, pick_device
 from harness.outcome import Outcome, exit_code
 from harness.preferences import load_pairs
@@ -264,8 +264,8 @@ def check_start(loss, model, ids, expected):
     grads = torch.autograd.grad(start, list(model.parameters()))
     norm, start = torch.stack([grad.norm() for grad in grads]).norm().item(), start.item()
     is_ln_2 = " = ln 2" if abs(expected - math.log(2)) < 1e-6 else ""
-    print(f"  step 0 check on {len(ids)} pairs: loss {start:.4f}, expected {expected:.4f}{is_ln_2}; "
-          f"margin {margin:.1e}, expected 0; gradient norm {norm:.3g}, expected not 0")
+    print(f"  step 0 check on {len(ids)} pairs: loss {start:.4f}, expected {expected:.4f}"
+          f"{is_ln_2}; margin {margin:.1e}, expected 0; gradient norm {norm:.3g}, expected not 0")
     if not math.isfinite(start + norm):
         raise FloatingPointError("the step 0 check failed: expected a finite loss and gradient; "
                                  "the weights or psi are not finite")
@@ -406,6 +406,8 @@ def run(argv):
         use_run(config, device)
         return
     with together(device) as device:
+        for option in ("data", "teacher_init", "student_init"):
+            refuse_inside(option, getattr(config, option), config.out)
         # Read once: a file that changes between two seeds must not be mixed.
         pairs = load_pairs(config.data, "given" in config.value) if config.data else None
         # Beginnings of the names of stages that stay although the code changed.

@@ -46,8 +46,8 @@ HEADER = """\
 #     python -m pytest -q --impl=FILE --function=kd_loss     the tests of one function
 #     python -m pytest -v --impl=FILE                        every failure, not one per function
 #
-# A function earns its points for the equation if all tests of the equation pass, and its points
-# for robustness if all tests of robustness pass. The first do not depend on the second.
+# A function earns its points for the equation if all tests of the equation pass. Then robustness
+# is judged: it earns those points if all tests of robustness pass.
 # Robust means, where it applies:
 #   - Half-precision logits are raised to float32, and float64 stays float64.
 #   - Shapes that do not match, an unknown `terminal` and a missing response raise ValueError.
@@ -55,7 +55,8 @@ HEADER = """\
 #   - No gradient reaches the reference, the teacher, the values or psi.
 #   - Padding may hold anything, NaN and inf too. It changes neither the result nor a gradient.
 #   - `mask` may be bool, or 0 and 1 of any type.
-#   - Nothing overflows: a margin of -900 gives a loss of 900, a probability of 0 is allowed.
+#   - Nothing overflows: a margin of -900 gives a loss of 900, logits of 1000 and -1000 a finite
+#     value, and a probability of 0 is allowed.
 #
 #     function         equation   robustness
 {table}

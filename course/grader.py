@@ -6,15 +6,19 @@
     python -m pytest -q --impl=my_tvkd.py --json=points.json    the points, for other programs
 
 A function earns its points for the equation, and those for robustness, if all tests of that kind
-pass. It is judged alone: any of the other nine that it calls is taken from tvkd.py. Only the tests
-"all together" run the file as it is. They give no points, but they do decide the exit status.
+pass. Robustness is judged once the equation is right; until then it counts 0 points, and both the
+table and the JSON file say that it was not judged. A function is judged alone: any of the other
+nine that it calls is taken from tvkd.py. Only the tests "all together" run the file as it is. They
+give no points, but they do decide the exit status.
 """
 
+import contextlib
 import functools
 import importlib.machinery
 import importlib.util
 import inspect
 import json
+import signal
 import sys
 import textwrap
 from typing import NamedTuple
@@ -27,6 +31,8 @@ from course.assignment import FUNCTIONS, ROOT, TOGETHER
 
 GRADED_FILES = ("test_tvkd.py", "test_shaping_invariance.py")
 KINDS = ("equation", "robustness")
+SECONDS = 10                    # of the processor, for one call: it needs far less than one
+NOT_JUDGED = "robustness is judged once the equation is right"
 
 
 class Failure(NamedTuple):
@@ -35,6 +41,11 @@ class Failure(NamedTuple):
     calls: tuple                # the latest call of each function, with its arguments
     result: str
     line: str                   # where the graded file raised an exception, or ""
+    size: int                   # how many numbers the calls got
+
+    @property
+    def has_hint(self):
+        return "likely mistake:" in self.result
 
 
 class Tests:
@@ -48,8 +59,9 @@ class Tests:
         return self.ran - len(self.failures)
 
     @property
-    def all_passed(self):
-        return self.passed == self.count > 0
+    def most_telling(self):
+        """A failure that names a mistake; if there is none, the one with the smallest input."""
+        return min(self.failures, key=lambda failure: (not failure.has_hint, failure.size))
 
 
 class Grader:
@@ -61,7 +73,7 @@ class Grader:
         self.tests = {name: {kind: Tests() for kind in KINDS} for name in (*FUNCTIONS, TOGETHER)}
         self.calls = {}                         # function -> its latest call in this test
         self.line = ""                          # where the latest exception came from
-        self.unwritten = set()
+        self.unwritten, self.endless = set(), set()
         try:
             self.module = load(path)
         except pytest.UsageError as error:
@@ -84,12 +96,17 @@ class Grader:
         def wrapper(*args, **kwargs):
             self.calls[name] = function, [copied(x) for x in args], {
                 key: copied(x) for key, x in kwargs.items()}
+            if name in self.endless:
+                raise TimeoutError(f"{name} did not return in an earlier test")
             try:
-                return function(*args, **kwargs)
+                with time_limit(name):
+                    return function(*args, **kwargs)
             except Exception as error:
                 self.line = self.line_in_file(error)
                 if isinstance(error, NotImplementedError):
                     self.unwritten.add(name)
+                if isinstance(error, TimeoutError):
+                    self.endless.add(name)
                 raise
         return wrapper
 
@@ -125,7 +142,8 @@ class Grader:
         for item in marked:
             self.tests_of(item).count += 1
         graded = [item for item in marked if self.only in (None, points_of(item)[0])]
-        graded.sort(key=lambda item: points_of(item)[0] == TOGETHER)
+        graded.sort(key=lambda item: (points_of(item)[0] == TOGETHER,
+                                      GRADED_FILES.index(item.path.name)))
         config.hook.pytest_deselected(items=[item for item in items if item not in graded])
         items[:] = graded
 
@@ -156,7 +174,9 @@ class Grader:
         calls = tuple(self.inputs())
         if points_of(item)[0] == TOGETHER:
             calls = (", ".join(self.calls),)    # names only: the arguments would fill a page
-        return Failure(item.name, by_hand, calls, "\n".join(result), self.line)
+        size = sum(x.numel() for _, args, kwargs in self.calls.values()
+                   for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        return Failure(item.name, by_hand, calls, "\n".join(result), self.line, size)
 
     def inputs(self):
         for name, (function, args, kwargs) in self.calls.items():
@@ -169,13 +189,25 @@ class Grader:
     # --- reporting -----------------------------------------------------------------------------
 
     def points(self, name, kind):
-        graded = FUNCTIONS[name]
+        """(earned, available). Earned is None while nothing failed and not all tests have run."""
+        if name == TOGETHER:
+            return 0, 0
+        graded, tests = FUNCTIONS[name], self.tests[name]
         available = graded.points if kind == "equation" else graded.robustness
-        return available if self.tests[name][kind].all_passed else 0, available
+        kinds = KINDS[:KINDS.index(kind) + 1]               # robustness needs the equation, too
+        if any(tests[k].failures or tests[k].count == 0 for k in kinds):
+            return 0, available
+        decided = all(tests[k].ran == tests[k].count for k in kinds)
+        return available if decided else None, available
+
+    def is_judged(self, name, kind):
+        equation_failed = name != TOGETHER and self.tests[name]["equation"].failures
+        return self.points(name, kind)[0] is not None and not (
+            kind == "robustness" and equation_failed)
 
     def total(self, kind):
         earned, available = zip(*(self.points(name, kind) for name in FUNCTIONS))
-        return sum(earned), sum(available)
+        return sum(points or 0 for points in earned), sum(available)
 
     def pytest_terminal_summary(self, terminalreporter, config):
         out, show_all = terminalreporter, config.get_verbosity() > 0
@@ -194,12 +226,14 @@ class Grader:
 
         A test of several functions is shown if nothing else explains its failure.
         """
-        failures = self.failures_of(name)
         explained = name == TOGETHER and any(self.failures_of(f) for f in FUNCTIONS)
         unwritten = name in self.unwritten and self.only is None
         if show_all:
-            return failures
-        return [] if explained or unwritten else failures[:1]
+            return self.failures_of(name)
+        if explained or unwritten:
+            return []
+        return [(kind, tests.most_telling) for kind, tests in self.tests[name].items()
+                if tests.failures][:1]
 
     def failures_of(self, name):
         return [(kind, failure) for kind, tests in self.tests[name].items()
@@ -207,20 +241,29 @@ class Grader:
 
     def table(self):
         """The lines `function, points and tests of both kinds, remark`."""
-        yield f"{'':16}{'equation':8}{'(tests)':>12}    {'robustness':10}{'(tests)':>10}"
-        for name, kinds in self.tests.items():
-            line = f"{name:16}"
-            for kind, tests in kinds.items():
-                points = "no points"
-                if name in FUNCTIONS:
-                    points = "{:2} of {:2}".format(*self.points(name, kind))
-                line += f"{points:9}{f'({tests.passed} of {tests.count})':>11}    "
-            yield (line + self.remark(name)).rstrip()
+        yield f"{'':16}{'equation':10}{'(tests)':>10}    {'robustness':10}{'(tests)':>10}"
+        for name in self.tests if self.only is None else [self.only]:
+            cells = "".join(f"{self.cell(name, kind):24}" for kind in KINDS)
+            yield f"{name:16}{cells}{self.remark(name)}".rstrip()
         if self.complete:
             equation, robustness = self.total("equation"), self.total("robustness")
             both = f"{equation[0] + robustness[0]} of {equation[1] + robustness[1]} points"
             columns = ["{:2} of {:2}".format(*pair) for pair in (equation, robustness)]
             yield f"{'total':16}{columns[0]:24}{columns[1]:24}{both}"
+        if any(self.tests[name]["equation"].failures for name in FUNCTIONS):
+            yield f"not judged: {NOT_JUDGED}; until then it counts 0 points"
+
+    def cell(self, name, kind):
+        """`" 2 of  4    (3 of 9)"`; "-" where the tests that ran do not decide the points."""
+        tests, (earned, available) = self.tests[name][kind], self.points(name, kind)
+        passed = f"({tests.passed} of {tests.count})"
+        if name == TOGETHER:
+            return f"{'no points':10}{passed:>10}"
+        if earned is None:
+            return f"{' -':10}{passed:>10}"
+        if not self.is_judged(name, kind):
+            return "not judged"
+        return f"{f'{earned:2} of {available:2}':10}{passed:>10}"
 
     def remark(self, name):
         left = sum(tests.count - tests.ran for tests in self.tests[name].values())
@@ -228,6 +271,8 @@ class Grader:
             return "not defined"
         if name in self.unwritten:
             return "not written"
+        if name in self.endless:
+            return "does not return"
         return f"{left} not run" if left else ""          # by --function, -k or -x
 
     @property
@@ -235,27 +280,30 @@ class Grader:
         return all(t.ran == t.count for kinds in self.tests.values() for t in kinds.values())
 
     def write_json(self, error=None):
-        """Points by function and the first message of each. error: why nothing could run."""
+        """Points by function and the message that tells most of each; null where the tests that
+        ran do not decide them. error: why nothing could run."""
         if self.json_path is None:
             return
         (equation, _), (robustness, _) = self.total("equation"), self.total("robustness")
+        points = {"points": equation + robustness, "equation": equation, "robustness": robustness}
+        if not self.complete:
+            points = dict.fromkeys(points)
         record = {"file": self.path.name, "error": error, "complete": self.complete and not error,
-                  "points": equation + robustness,
-                  "out_of": sum(self.total(kind)[1] for kind in KINDS),
-                  "equation": equation, "robustness": robustness, "functions": {}}
+                  "out_of": sum(self.total(kind)[1] for kind in KINDS), **points, "functions": {}}
         for name, kinds in self.tests.items():
             record["functions"][name] = {kind: self.entry(name, kind) for kind in kinds}
         text = json.dumps(record, indent=1)
         self.json_path.write_text(text + "\n", encoding="utf-8")
 
     def entry(self, name, kind):
-        tests = self.tests[name][kind]
-        earned, available = self.points(name, kind) if name in FUNCTIONS else (0, 0)
-        message = None
+        tests, (earned, available) = self.tests[name][kind], self.points(name, kind)
+        judged, message = self.is_judged(name, kind), None
         if tests.failures:
-            first = tests.failures[0]
-            message = f"{first.test}: {' '.join(first.result.split())}"
-        return {"points": earned, "out_of": available, "tests": tests.count,
+            failure = tests.most_telling
+            message = f"{failure.test}: {' '.join(failure.result.split())}"
+        if not judged and earned is not None:
+            message = NOT_JUDGED
+        return {"points": earned, "out_of": available, "judged": judged, "tests": tests.count,
                 "passed": tests.passed, "message": message}
 
 
@@ -283,6 +331,25 @@ def copied(x):
     return x.detach().clone() if isinstance(x, torch.Tensor) else x
 
 
+@contextlib.contextmanager
+def time_limit(name):
+    """Stops an endless loop. It counts seconds of the processor, so a busy machine is no excuse."""
+    if not hasattr(signal, "SIGPROF"):                      # Windows: no limit
+        yield
+        return
+    handler = signal.signal(signal.SIGPROF, functools.partial(stop, name))
+    left = signal.setitimer(signal.ITIMER_PROF, SECONDS)    # of the call that made this one
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, *left)
+        signal.signal(signal.SIGPROF, handler)
+
+
+def stop(name, *signal_and_frame):
+    raise TimeoutError(f"{name} did not return within {SECONDS} seconds; an endless loop?")
+
+
 def load_as(name, path):
     loader = importlib.machinery.SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
@@ -296,7 +363,8 @@ def load(path):
     if not path.is_file():
         raise pytest.UsageError(f"--impl: expected a Python file, got {path}: no such file")
     try:
-        return load_as("tvkd", path)
+        with time_limit("the import"):
+            return load_as("tvkd", path)
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
         raise pytest.UsageError(f"--impl: {path.name} cannot be imported: "

@@ -60,11 +60,19 @@ MISTAKES = {
     "no_reference": Mistake("dpo_loss", "equation", "the reference is not subtracted", """
         return -F.logsigmoid(beta * (policy_chosen - policy_rejected))
     """),
+    "reference_added": Mistake("dpo_loss", "equation", "the reference is added", """
+        chosen, rejected = policy_chosen + ref_chosen, policy_rejected + ref_rejected
+        return -F.logsigmoid(beta * (chosen - rejected))
+    """),
+    "missing_brackets": Mistake("dpo_loss", "equation", "ref_rejected has the wrong sign", """
+        ratio = policy_chosen - ref_chosen - policy_rejected - ref_rejected
+        return -F.logsigmoid(beta * ratio)
+    """),
     "reference_not_detached": Mistake("dpo_loss", "robustness", "no gradient of reference", """
         chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
         return -F.logsigmoid(beta * (chosen - rejected))
     """),
-    "log_of_sigmoid": Mistake("dpo_loss", "robustness", "log(sigmoid(x))", """
+    "log_of_sigmoid": Mistake("dpo_loss", "robustness", "mistake: log(sigmoid(x))", """
         chosen = policy_chosen - ref_chosen.detach()
         rejected = policy_rejected - ref_rejected.detach()
         return -torch.log(torch.sigmoid(beta * (chosen - rejected)))
@@ -74,6 +82,9 @@ MISTAKES = {
     """),
     "divided_by_beta": Mistake("soft_value", "equation", "logits are already Q/beta", """
         return beta * (logits / beta).logsumexp(-1)
+    """),
+    "overflow": Mistake("soft_value", "robustness", "exp overflows", """
+        return beta * torch.log(torch.exp(_at_least_float32(logits)).sum(-1))
     """),
     "prompt_scored": Mistake("implicit_value", "equation", "prompt and padding are counted", """
         return beta * F.pad((teacher_logps - teacher_ref_logps).cumsum(-1), (1, 0))
@@ -86,6 +97,19 @@ MISTAKES = {
         potential, following = values[:, :-1], values[:, 1:]
         end = {"zero": potential * 0, "hold": potential, "value": following}[terminal]
         return (torch.where(last, end, following) - gamma * potential) * mask
+    """),
+    "hold_without_gamma": Mistake("shaping", "equation", "gamma belongs on Phi(s_end), too", """
+        last = mask & ~F.pad(mask, (0, 1))[:, 1:]
+        psi = gamma * values[:, 1:] - values[:, :-1]
+        end = {"zero": -values[:, :-1], "hold": psi * 0, "value": psi}[terminal]
+        return torch.where(last, end, psi) * mask
+    """),
+    "held_too_early": Mistake("shaping", "equation", "read one state too early", """
+        last = mask & ~F.pad(mask, (0, 1))[:, 1:]
+        potential, following = values[:, :-1], values[:, 1:]
+        held = F.pad(potential, (1, 0))[:, :-1]
+        end = {"zero": potential * 0, "hold": held, "value": following}[terminal]
+        return (gamma * torch.where(last, end, following) - potential) * mask
     """),
     "terminal_from_padding": Mistake("shaping", "equation", "taken from the last column", """
         phi = values.clone()
@@ -103,6 +127,11 @@ MISTAKES = {
         chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
         return -F.logsigmoid(beta * (chosen - rejected - alpha * (psi_chosen - psi_rejected)))
     """),
+    "absolute_alpha": Mistake("tvkd_loss", "equation", "the sign of alpha is lost", """
+        _expect_shape(policy_chosen.shape, psi_chosen=psi_chosen, psi_rejected=psi_rejected)
+        margin = _reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
+        return -F.logsigmoid(margin - abs(alpha) * (psi_chosen - psi_rejected).detach())
+    """),
     "psi_not_detached": Mistake("tvkd_loss", "robustness", "no gradient of psi", """
         chosen = policy_chosen - ref_chosen.detach()
         rejected = policy_rejected - ref_rejected.detach()
@@ -112,6 +141,11 @@ MISTAKES = {
         student = student_logits[:, :-1][mask].log_softmax(-1)
         teacher = teacher_logits[:, :-1][mask].log_softmax(-1)
         return (student.exp() * (student - teacher)).sum(-1).mean()
+    """),
+    "mean_over_vocabulary": Mistake("kd_loss", "equation", "mean over the vocabulary too", """
+        student = student_logits[:, :-1][mask].log_softmax(-1)
+        teacher = teacher_logits[:, :-1][mask].softmax(-1)
+        return F.kl_div(student, teacher, reduction="mean")
     """),
     "shifted_logits": Mistake("kd_loss", "equation", "the logits are shifted", """
         student = student_logits[:, 1:][mask].log_softmax(-1)
@@ -180,11 +214,15 @@ def bodies_of(name):
 
 
 def main(arguments):
-    if len(arguments) != 1 or arguments[0] not in (*MISTAKES, "naive"):
+    if not arguments:
         for name, mistake in MISTAKES.items():
             print(f"{name:24}{mistake.function:16}{mistake.kind}")
         print(f"{'naive':24}{'all':16}robustness")
-        return int(bool(arguments))
+        return 0
+    if len(arguments) > 1 or arguments[0] not in (*MISTAKES, "naive"):
+        print("course.wrong: expected one of the names that `python -m course.wrong` prints, got "
+              + " ".join(arguments), file=sys.stderr)
+        return 2
     source = (ROOT / "tvkd.py").read_text(encoding="utf-8")
     sys.stdout.write(solution(source, bodies_of(arguments[0])))
     return 0

@@ -11,9 +11,11 @@ import torch
 import data
 from data import UserError, printable
 from harness.evaluate import is_correct, reward_margins, sample, spoken
-from harness.keep import digest_of_tokenizer, file_of, lock, read, write
-from harness.preferences import load_pairs
+from harness.keep import (digest_of_tokenizer, file_of, lock, read, refuse_inside, refuse_others,
+                          write)
+from harness.preferences import load_pairs, progress
 from harness.processes import under_torchrun
+from harness.report import RESULTS, check
 from harness.table import Row
 from harness.tokenizers import load_tokenizer, named_tokenizer
 from harness.weights import export_model
@@ -31,8 +33,11 @@ def load_run(config, device):
     """
     out = Path(config.out)
     folder = out / f"seed{config.seed}"
+    for path in (out / "results.json", folder / "tokenizer.tiktoken"):
+        refuse_others(path)
     try:
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        check(results, RESULTS, "results.json")
         past = type(config)(**results["config"])
         check_types(past)
         if past.tokenizer:
@@ -81,8 +86,11 @@ def use_run(config, device):
     """--ask, --score and --export. Under torchrun the first process does it."""
     if under_torchrun() and os.environ.get("RANK") != "0":
         return
+    refuse_inside("score", config.score, config.out)
     pairs = load_pairs(config.score) if config.score else None      # refused before anything else
     past, tokenizer, models, origins = load_run(config, device)
+    if config.export:
+        check_targets(config.export, models)
     if config.ask:
         ask(config, past, tokenizer, models, origins)
     if config.score:
@@ -151,7 +159,7 @@ def score_pairs(pairs, config, past, tokenizer, models, origins):
     teacher's implicit values as "chosen_value" and "rejected_value"; with --tokens the "tokens" as
     text and their "log_ratios". Pairs that do not fit the context are left out.
     """
-    fitting, ids, cut = data.encode(pairs, tokenizer, past.block_size)
+    fitting, ids, cut = data.encode(progress(pairs, "tokenised"), tokenizer, past.block_size)
     number = {id(pair): i for i, pair in enumerate(pairs)}
     if not fitting:
         raise UserError(f"--score: expected a pair that fits in {past.block_size} tokens in "
@@ -185,10 +193,22 @@ def score_pairs(pairs, config, past, tokenizer, models, origins):
         print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, "
               f"accuracy {is_correct(margins).mean().item():.3f}, n = {len(ids)}")
     path = Path(config.out) / "scores.jsonl"
+    refuse_others(path.with_name(".lock"))
     held = lock(Path(config.out))       # no run may replace the models while this is written
     write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     held.close()
     print(f"scores in {printable(str(path))}")
+
+
+def check_targets(folder, models):
+    """Raise UserError before anything is written, unless every model has a folder to go to."""
+    targets = [Path(folder) / file_of(name, "") for name in models]
+    for path in (Path(folder), *targets):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--export: expected a folder or nothing at {path}, got another file")
+    for path in [target / name for target in targets
+                 for name in ("config.json", "model.safetensors", "tokenizer.tiktoken")]:
+        refuse_others(path)
 
 
 def export(config, tokenizer, models):

@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ SOURCES = ("tvkd.py", "model.py", "data.py", "train.py", "harness/evaluate.py",
            "harness/numbers.py", "harness/tokenizers.py")
 DIGITS = 64                                     # of a SHA-256
 DERIVED = ("results.json", "report.html", "scores.jsonl")       # stale as soon as a model changes
+WRITTEN = (*DERIVED, "log.jsonl", ".lock")      # beside the folders of the seeds
 PARTIAL = ".partial"
 
 
@@ -48,8 +50,11 @@ def file_of(stage, ending=".pt"):
 # --------------------------------------------------------------------------------------------------
 # Files
 
-def write(path, content):
-    """Bytes to a file, first under another name: a kill leaves the old file or the new one."""
+def write(path, content, option="--out"):
+    """Bytes to a file, first under another name: a kill leaves the old file or the new one.
+
+    option: the one that named the folder, for the message where there is no room.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -59,7 +64,7 @@ def write(path, content):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"--out: expected a folder with room to write {path}: "
+        raise UserError(f"{option}: expected a folder with room to write {path}: "
                         f"{error.strerror}") from None
 
 
@@ -68,6 +73,7 @@ def read(path):
 
     Raises UserError where the bytes are not those that a run wrote.
     """
+    refuse_others(path)
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -84,16 +90,27 @@ def read(path):
 def load_safely(file, name):
     """torch.load of tensors and plain values alone; refuses anything else without running it."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # torch's, about old formats
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:          # anything can go wrong in bytes that nobody vouches for
         reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:120]
         raise UserError(f"{name}: expected a file of tensors and plain values, which torch.load("
                         f"weights_only=True) reads; got: {reason}") from None
 
 
-def refuse_folder(path):
-    if path.is_dir():
-        raise UserError(f"{path}: expected a file as a run wrote it or nothing, got a folder")
+def refuse_others(path):
+    """Raise UserError for what is neither missing nor a file: opening a pipe would hang."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: expected a file as a run wrote it or nothing, "
+                        "got a folder, a pipe or a device")
+
+
+def refuse_inside(option, path, out):
+    """Raise UserError for an input in --out: the run would overwrite it or remove it as stale."""
+    if path and Path(out).resolve() in Path(path).resolve().parents:
+        raise UserError(f"--{option}: expected a file outside --out={out}, which this command "
+                        f"writes to, got {path}")
 
 
 def lock(folder):
@@ -282,14 +299,15 @@ class Keep:
         self.digests = Digests()        # the objects of the seed before may go
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # All are looked at before the first one is touched.
+            for path in (*self.folder.iterdir(), *map(self.out.joinpath, WRITTEN)):
+                refuse_others(path)
             self.lock = self.lock or lock(self.out)
             if not self.log_file:
                 (self.out / "log.jsonl").unlink(missing_ok=True)
                 self.log_file = open(self.out / "log.jsonl", "a", encoding="utf-8")
             for path in self.folder.glob("*.tmp"):
                 path.unlink()
-            for name in DERIVED:
-                refuse_folder(self.out / name)
         except OSError as error:
             raise UserError(f"--out: expected a folder that can be written, got {self.out}: "
                             f"{error.strerror}") from None
@@ -356,7 +374,6 @@ class Keep:
 
     def find(self, path, key, name):
         """Content of a kept file, or None where it is missing, damaged or of another key."""
-        refuse_folder(path)             # before the training that it would hold
         if not path.exists():
             return None
         try:

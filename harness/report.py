@@ -10,12 +10,12 @@ import base64
 import hashlib
 import json
 import math
+import os
 import statistics
 import sys
 from html import escape
 from pathlib import Path
 
-from harness.numbers import landmarks
 from harness.table import COLUMNS, Row, by_label, known_columns, printable, summary
 
 SUM = {     # what psi adds up to with gamma = 1, by the potential of the finished response
@@ -25,6 +25,7 @@ SUM = {     # what psi adds up to with gamma = 1, by the potential of the finish
             "its EOS, whose psi is 0.",
     "zero": "sum of psi = -V(s_p): the finished answer has potential 0. That depends on the prompt "
             "alone, so the two sums differ by 0 up to rounding, and the loss is DPO's."}
+SIDES = ("chosen", "rejected")
 KINDS = ("right", "wrong", "polite", "rude", "")      # of tokens on the toy task
 LOGPS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 CURVES = (                                            # quantity, stages in its chart, what it is
@@ -39,14 +40,15 @@ COLOURS = ("#2f81d6", "#c8741a", "#1f9d78", "#c2559a",          # readable on li
            "#8069d8", "#d9534a", "#84931c", "#8a8a8a")
 
 # ------------------------------------------------------------------------------------------------
-# What is read of results.json and log.jsonl. A key that ends in ? may be missing or null; without
-# margin, reward, kinds and scatter the page has less to show.
+# What is read of results.json and log.jsonl. A key that ends in ? may be missing or null; the page
+# then has less to show, and without scatter no panel. ["number"]: any number of numbers; a tuple:
+# one of these.
 
 LARGEST = 1e100                     # sums and differences of such numbers stay finite
 RESPONSE = {"tokens": ["text"], "psi": ["number"],
             "values": ["number"],   # V(s_p) to V(s_end), one more than tokens
             "reward?": "number",    # the true reward of the response
-            "kinds?": ["text"]}     # one of KINDS for each token
+            "kinds?": [KINDS]}      # of each token
 RESULTS = {
     "config": {"alpha": "number", "beta": "number", "teacher_beta": "number", "gamma": "number",
                "data": "text"},
@@ -54,15 +56,14 @@ RESULTS = {
               "pref_n": "whole number",
               **{f"{key}{end}": "number" for _, key, _ in COLUMNS for end in ("?", "_ci?")}}],
     "pairs": [{
-        "seed": "whole number", "prompt": "text", "value": "text", "terminal": "text",
-        "margin?": "number",        # beta (log-ratio of chosen - of rejected) of the student
-                                    # trained with this seed, value and terminal
+        "seed": "whole number", "prompt": "text", "value": "text", "terminal": tuple(SUM),
         "chosen": RESPONSE, "rejected": RESPONSE}],
-    "scatter?": [{                  # up to 200 held-out pairs, once for each kind of value
+    "scatter?": [{                  # for each kind of value up to 200 pairs, first those above
         "seed": "whole number", "value": "text",
-        "chosen": ["number"], "rejected": ["number"],       # landmarks(values) of the response
-        "margin": "number",                                 # as above
-        "reward_gap?": "number"}]}                          # true reward of chosen - of rejected
+        "chosen": 4 * ["number"], "rejected": 4 * ["number"],   # numbers.landmarks of the values
+        "margin": "number",         # beta (log-ratio of chosen - of rejected) of the student
+                                    # trained with this seed and value
+        "reward_gap?": "number"}]}  # true reward of chosen - of rejected
 LINE = {"stage": "text", "step": "whole number", **{f"{key}?": "number" for key, _, _ in CURVES}}
 
 
@@ -81,8 +82,11 @@ def check(value, shape, where):
                 check(item, part, f"{where}.{key.rstrip('?')}")
     elif isinstance(shape, list):
         expect(isinstance(value, list), where, "a list", value)
+        expect(len(shape) in (1, len(value)), where, f"{len(shape)} of these", value)
         for i, item in enumerate(value):
             check(item, shape[0], f"{where}[{i}]")
+    elif isinstance(shape, tuple):
+        expect(value in shape, where, f"one of {shape}", value)
     elif shape == "text":
         expect(isinstance(value, str), where, "a text", value)
     else:
@@ -98,18 +102,12 @@ def check_results(results, log):
     expect(rows and known_columns([Row.from_flat(row) for row in rows]), "results.json.rows",
            "at least one row with a number", rows)
     for i, pair in enumerate(results["pairs"]):
-        where = f"results.json.pairs[{i}]"
-        expect(pair["terminal"] in SUM, f"{where}.terminal", " or ".join(SUM), pair["terminal"])
-        for name in ("chosen", "rejected"):
-            n, kinds = len(pair[name]["tokens"]), pair[name].get("kinds")
-            sizes = n, len(pair[name]["psi"]), len(pair[name]["values"])
-            expect(n and sizes == (n, n, n + 1), f"{where}.{name}",
-                   "n tokens, n psi and n + 1 values, n > 0", sizes)
-            expect(kinds is None or len(kinds) == n and set(kinds) <= set(KINDS),
-                   f"{where}.{name}.kinds", f"one of {KINDS} for every token", kinds)
-    for i, point in enumerate(results.get("scatter") or []):
-        sizes = len(point["chosen"]), len(point["rejected"])
-        expect(sizes == (4, 4), f"results.json.scatter[{i}]", "four numbers for a response", sizes)
+        for name in SIDES:
+            response, n = pair[name], len(pair[name]["tokens"])
+            sizes = [len(response.get(key) or "") for key in ("psi", "values", "kinds")]
+            expect(n and sizes[:2] == [n, n + 1] and sizes[2] in (0, n),
+                   f"results.json.pairs[{i}].{name}",
+                   "n tokens, n psi, n + 1 values and no kinds or n, n > 0", [n, *sizes])
     for i, line in enumerate(log, 1):
         check(line, LINE, f"log.jsonl:{i}")
 
@@ -144,6 +142,12 @@ def potentials(values, terminal):
     return values[:-1] + [{"zero": 0.0, "hold": values[-2], "value": values[-1]}[terminal]]
 
 
+def heights(response, terminal, height):
+    """Of the line below a response, in pixels. height: Phi - Phi(s_p) -> pixels."""
+    phi = potentials(response["values"], terminal)
+    return [height(x - phi[0]) for x in phi]
+
+
 def visible(token):
     """The token with a sign for what could not be seen; the tint shows a space beside a word."""
     signs = {"\n": "\u21b5", "\t": "\u21e5", " ": "\u2423" if token.isspace() else " "}
@@ -169,10 +173,9 @@ def token_span(token, psi, V, phi, y, zero, tint, note):
 
 
 def response_html(name, response, terminal, largest, height):
-    """largest: the |psi| of full colour; height: Phi - Phi(s_p) -> pixels. Pairs share both."""
+    """largest: the |psi| of full colour; height: as `heights` takes it. All pairs share both."""
     V, n = response["values"], len(response["tokens"])
-    phi = potentials(V, terminal)
-    y = [height(x - phi[0]) for x in phi]
+    phi, y = potentials(V, terminal), heights(response, terminal, height)
     notes = list(response.get("kinds") or [""] * n)
     notes[-1] = notes[-1] or "EOS"
     spans = "".join(token_span(token, psi, V[i:i + 2], phi[i:i + 2], y[i:i + 2], y[0],
@@ -186,11 +189,11 @@ def response_html(name, response, terminal, largest, height):
 
 def kind_html(pairs, value, terminal, gamma):
     """All pairs under one kind of value: a legend, then chosen and rejected side by side."""
-    responses = [pair[name] for pair in pairs for name in ("chosen", "rejected")]
+    responses = [pair[name] for pair in pairs for name in SIDES]
     largest = max(abs(psi) for response in responses for psi in response["psi"]) or 1.0
-    moved = [phi - response["values"][0] for response in responses
-             for phi in potentials(response["values"], terminal)]
+    moved = [x for response in responses for x in heights(response, terminal, float)]
     low, high = min(moved), max(moved)              # 0, the start of every line, lies between them
+    height = scale(low, high, 34, 2)
     bias = "" if gamma == 1 else (
         f" That is for gamma = 1: with gamma = {gamma:g} the sum also keeps -(1 - gamma) times "
         "every value on the way, a bias on length where the values have one sign, and psi is not "
@@ -203,12 +206,14 @@ def kind_html(pairs, value, terminal, gamma):
              f'<p>psi: less <b>{-largest:.2f}</b> <span class="bar"></span> <b>{largest:+.2f}</b> '
              f"more. Line: from <b>{low:.2f}</b> to <b>{high:+.2f}</b>; dashes: 0.{marks}</p>"]
     for number, pair in enumerate(pairs, 1):
-        sides = "".join(response_html(name, pair[name], terminal, largest, scale(low, high, 34, 2))
-                        for name in ("chosen", "rejected"))
+        sides = "".join(response_html(name, pair[name], terminal, largest, height)
+                        for name in SIDES)
+        y = [at for name in SIDES for at in heights(pair[name], terminal, height)]
         difference = sum(pair["chosen"]["psi"]) - sum(pair["rejected"]["psi"])
         parts.append(
             f'<article><p class="prompt"><b>{number}.</b> {escape(pair["prompt"])}</p>'
-            f'<div class="sides">{sides}</div><p class="sum">sum of psi, chosen - rejected: '
+            f'<div class="sides" style="--above:{2 - min(y):.2f}px;--below:{max(y) - 34:.2f}px">'
+            f'{sides}</div><p class="sum">sum of psi, chosen - rejected: '
             f"<b>{difference:+.3f}</b></p></article>")
     return "".join(parts)
 
@@ -232,26 +237,15 @@ def pairs_html(pairs, gamma):
 # ------------------------------------------------------------------------------------------------
 # The panel
 
-def panel_pair(chosen, rejected, margin, gap, beta):
-    return {"chosen": chosen, "rejected": rejected, "logratio": (margin or 0.0) / beta, "gap": gap}
-
-
 def panel_data(results):
-    """What panel.js reads: value -> the shown pairs and all held-out pairs, as landmarks."""
-    beta, pairs, data = results["config"]["beta"], results["pairs"], {}
-    for (value, terminal), group in by_kind(pairs).items():
-        kind = data.setdefault(value, {"terminal": terminal, "pairs": [], "heldOut": []})
-        if kind["pairs"]:
-            continue                                # the same values under another terminal
-        for pair in group:
-            values = [landmarks(pair[name]["values"]) for name in ("chosen", "rejected")]
-            rewards = [pair[name].get("reward") for name in ("chosen", "rejected")]
-            gap = None if None in rewards else rewards[0] - rewards[1]
-            kind["pairs"].append(panel_pair(*values, pair.get("margin"), gap, beta))
-        kind["heldOut"] = [
-            panel_pair(p["chosen"], p["rejected"], p["margin"], p.get("reward_gap"), beta)
-            for p in results.get("scatter") or []
-            if (p["seed"], p["value"]) == (pairs[0]["seed"], value)]
+    """What panel.js reads: value -> the held-out pairs; the first of them are shown below."""
+    data, keys = {}, ("chosen", "rejected", "margin", "reward_gap")
+    for (value, terminal), shown in by_kind(results["pairs"]).items():
+        pairs = [{key: point.get(key) for key in keys} for point in results.get("scatter") or []
+                 if (point["seed"], point["value"]) == (shown[0]["seed"], value)]
+        if pairs:
+            data[value] = {"terminal": terminal, "shown": min(len(shown), len(pairs)),
+                           "pairs": pairs}
     return data
 
 
@@ -268,49 +262,43 @@ def slider(name, low, high, value):
 
 def panel_html(results):
     """The panel as a form that panel.js fills and shows; without JavaScript it stays hidden."""
-    if not results["pairs"]:
-        return ""
     config, data = results["config"], panel_data(results)
+    if not data:
+        return ""
     alpha, beta, gamma = config["alpha"], config["beta"], config["gamma"]
-    most = max(len(kind["pairs"]) for kind in data.values())
-    fields = "".join((
-        slider("alpha", min(0, alpha), max(4, 2 * alpha), alpha),
-        slider("beta", 0, max(4, 2 * beta), beta),
-        slider("gamma", min(0, gamma), max(1, gamma), gamma),
-        select("teacher's value", "value", data), select("terminal", "terminal", SUM),
-        select("pair", "pair", range(1, most + 1))))
-    student = "those of the trained student" if any(
-        pair.get("margin") is not None for pair in results["pairs"]) else (
-        "0, the student's at the start of training; this run recorded no later ones")
+    sliders = (slider("alpha", min(0, alpha), max(4, 2 * alpha), alpha)
+               + slider("beta", 0, max(4, 2 * beta), beta)
+               + slider("gamma", min(0, gamma), max(1, gamma), gamma))
+    most = max(kind["shown"] for kind in data.values())
+    selects = (select("teacher's value", "value", data) + select("terminal", "terminal", SUM)
+               + select("pair", "pair", range(1, most + 1)))
+    groups = '<th colspan="3">TVKD</th><th colspan="3">DPO</th><th colspan="2">sum of psi</th>'
     heads = "".join(f"<th>{name}</th>" for name in (
-        "", "weight", "sum of psi, chosen", "rejected", "margin, DPO", "TVKD", "loss, DPO", "TVKD",
-        "weight, DPO", "TVKD"))
+        "", "weight", *2 * ("margin", "loss", "weight"), "chosen", "rejected"))
     captions = [
-        "Right: alpha times the difference of psi. Up: the student's margin. Shade: the weight. On "
-        "the dashes TVKD's margin is 0 and the weight 1/2; below them it is more. Ring: the pair "
-        "above."]
-    if any(pair["gap"] is not None for kind in data.values()
-           for pair in kind["pairs"] + kind["heldOut"]):
-        captions.append("Right: the difference of psi. Up: the difference of the true reward.")
+        "Dots: held-out pairs, those of the table among them. Across: alpha times (sum of psi of "
+        "chosen - of rejected). Up: DPO's margin. The stronger the colour, the larger TVKD's "
+        "weight: on the dashes it is 1/2, below them more. Ring: the selected pair."]
+    if all(pair["reward_gap"] is not None for kind in data.values() for pair in kind["pairs"]):
+        captions.append("Across: sum of psi of chosen - of rejected. Up: true reward of chosen - "
+                        "of rejected.")
+    figures = "".join(f'<figure class="picture"><svg viewBox="0 0 300 220" role="img"></svg>'
+                      f"<figcaption>{text}</figcaption></figure>" for text in captions)
+    run = json.dumps({"beta": beta, "values": data}, allow_nan=False)
     return (
-        f'<form id="panel" hidden data-run="{escape(json.dumps(data, allow_nan=False))}">'
-        "<h2>Move it</h2><p>The pairs below, under other settings. Nothing is trained again: the "
-        f"log-ratios are {student}. Weight: how hard a pair pushes, sigmoid(-margin); in the bars "
-        "the frame is DPO's, the filling TVKD's. Set terminal to zero and gamma to 1: TVKD is "
-        "DPO, for every alpha. The address holds the settings, so a link can be sent.</p>"
-        f'<div class="fields">{fields}</div>'
-        f'<p id="worked"></p>{HINT}<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>'
-        '</tbody></table></div><div class="charts">'
-        + "".join(f'<figure class="picture"><svg viewBox="0 0 300 220" role="img"></svg>'
-                  f"<figcaption>{text}</figcaption></figure>" for text in captions)
-        + "</div></form>")
+        f'<form id="panel" hidden data-run="{escape(run)}"><h2>Move it</h2><p>The pairs below, '
+        "under other settings. Nothing is trained again: the log-ratios stay those of the student "
+        "trained with this teacher's value. Weight: how hard a pair pushes, sigmoid(-margin); of "
+        "its bar the filling is TVKD's, the frame DPO's. Set terminal to zero and gamma to 1: "
+        "TVKD is DPO, for every alpha. The address holds the settings, so a link can be sent.</p>"
+        f'<div class="fields"><div>{sliders}</div><div>{selects}</div></div>'
+        f'<p id="worked"></p><div class="wide"><table><thead><tr><th></th><th></th>{groups}'
+        f'</tr><tr>{heads}</tr></thead><tbody></tbody></table></div><div class="charts">{figures}'
+        "</div></form>")
 
 
 # ------------------------------------------------------------------------------------------------
 # The table
-
-HINT = '<p class="hint">Swipe the table sideways for all its columns \u2192</p>'
-
 
 def cell(rows, key, form):
     """One method's number: with its 95% interval, or over several seeds as mean and range."""
@@ -328,21 +316,21 @@ def cell(rows, key, form):
             f"<small>({min(known):{form}} to {max(known):{form}})</small></td>")
 
 
-def ends(row, key, several):
-    """Where the drawing of a row begins and ends: its interval, or one seed's own number."""
-    half = 0.0 if several else row.numbers.get(f"{key}_ci") or 0.0
-    return row.numbers[key] - half, row.numbers[key] + half
+def ends(rows, key):
+    """From where to where each row of a method is drawn: its interval, or a point among seeds."""
+    half = rows[0].numbers.get(f"{key}_ci") if len(rows) == 1 else None
+    return [(row.numbers[key] - (half or 0.0), row.numbers[key] + (half or 0.0)) for row in rows]
 
 
 def dots(rows, key, x):
     """One method drawn: a point and its interval, or a point per seed and a bar at their mean."""
-    at = [x(row.numbers[key]) for row in rows]
+    at = [x(low) for low, _ in ends(rows, key)]
     if len(rows) > 1:
         return (f'<path class="mean" d="M{statistics.fmean(at):.2f} 3V23"/>'
                 + "".join(f'<circle class="seed" cx="{cx:.2f}" cy="13" r="3"/>' for cx in at))
-    low, high = map(x, ends(rows[0], key, several=False))
-    return (f'<path class="ci" d="M{low:.2f} 13H{high:.2f}"/>'
-            f'<circle cx="{at[0]:.2f}" cy="13" r="4"/>')
+    (low, high), = ends(rows, key)
+    return (f'<path class="ci" d="M{x(low):.2f} 13H{x(high):.2f}"/>'
+            f'<circle cx="{x((low + high) / 2):.2f}" cy="13" r="4"/>')
 
 
 def table_html(rows):
@@ -350,8 +338,8 @@ def table_html(rows):
     columns, several = known_columns(rows), len({row.seed for row in rows}) > 1
     title, key, _ = columns[0]
     drawn = by_label([row for row in rows if row.numbers.get(key) is not None])
-    low, high = extent([end for group in drawn.values() for row in group
-                        for end in ends(row, key, several)])
+    low, high = extent([end for group in drawn.values() for both in ends(group, key)
+                        for end in both])
     x = scale(low, high, 12, 268)
     axis = "".join(f'<text class="middle" x="{x(t):.2f}" y="17">{t:g}</text>'
                    for t in ticks(low, high))
@@ -367,7 +355,7 @@ def table_html(rows):
     if several:
         how = ("a point for each seed and a bar at their mean; in brackets the lowest and highest "
                "seed; hover or tap for each seed's own")
-    return (f'{HINT}<div class="wide"><table><tr><th>model</th>'
+    return (f'<div class="wide"><table><tr><th>model</th>'
             f'<th><svg viewBox="0 0 280 22">{axis}</svg></th>'
             f'{"".join(f"<th>{name}</th>" for name, _, _ in columns)}</tr>{lines}</table></div>'
             f"<p>Drawn: {title}, {how}. "
@@ -475,12 +463,12 @@ script-src 'sha256-{digest}'">
 <title>TVKD: what the teacher values</title><style>{css}</style>
 <h1>TVKD: what the teacher values</h1>
 <p>A run with {escape(printable(settings))}. Held-out pairs stand below token by token:
-psi_t = gamma V(s_t+1) - V(s_t), where V is the teacher's value of the text so far.
-<span class="more" style="--a:.5">Blue</span>: after this token the teacher values the answer more;
-<span class="less" style="--a:.5">orange</span>: less. The line below the text is V, counted from
-its value at the end of the prompt; with gamma = 1 its step across a token is that token's psi. Of
-all this TVKD reads one number per pair, the difference of the two sums: its loss is -log
-sigmoid(the student's margin - alpha times that difference).</p>
+psi_t = gamma Phi(s_t+1) - Phi(s_t), where the potential Phi is V, the teacher's value of the text
+so far, except perhaps in the last state. <span class="more" style="--a:.5">Blue</span>: after this
+token the teacher values the answer more; <span class="less" style="--a:.5">orange</span>: less. The
+line below the text is Phi, counted from the end of the prompt; with gamma = 1 its step across a
+token is that token's psi. Of all this TVKD reads one number per pair, the difference of the two
+sums: its loss is -log sigmoid(the student's margin - alpha times that difference).</p>
 {panel}<h2>Held-out pairs</h2>{pairs_html(results["pairs"], config["gamma"])}
 <h2>Comparison</h2>{table_html(rows)}
 <h2>Training curves</h2><p>By step, each on its batch, val_ on validation prompts; with several
@@ -497,24 +485,25 @@ seeds their mean.</p>
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def read_text(path):
-    if not path.is_file():              # reading a pipe that nobody writes to would never end
-        raise ValueError(f"{path.name}: expected a file, got none")
-    return path.read_text(encoding="utf-8")
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
-        out, = map(Path, argv)
-        results = json.loads(read_text(out / "results.json"))
-        log = [json.loads(line) for line in read_text(out / "log.jsonl").splitlines()]
+        expect(len(argv) == 1, "arguments", "one folder", argv)
+        out = Path(argv[0])
+        for name in ("results.json", "log.jsonl"):      # opening a pipe would wait for ever
+            expect((out / name).is_file(), name, "a file", "none or a folder, a pipe or a device")
+        results, log = ((out / name).read_text(encoding="utf-8")
+                        for name in ("results.json", "log.jsonl"))
+        results, log = json.loads(results), [json.loads(line) for line in log.splitlines()]
         write_report(results, log, out / "report.html")
+        print(printable(str(out / "report.html")), flush=True)
+    except BrokenPipeError:                             # the reader, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (OSError, ValueError, RecursionError) as error:
         print(printable("harness.report: expected a folder with results.json and log.jsonl of "
                         f"train.py, got {' '.join(argv) or 'none'}: {error}"), file=sys.stderr)
         return 2
-    print(printable(str(out / "report.html")))
     return 0
 
 

@@ -84,8 +84,11 @@ def tokenizer_text(tokenizer):
 def load_tokenizer(path):
     """Read a file of `tokenizer_text` -> tiktoken.Encoding."""
     # Not tiktoken.load.load_tiktoken_bpe: it caches by path and would miss a rewritten file.
-    lines = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines()]
-    return _encoding({base64.b64decode(token): int(rank) for token, rank in lines})
+    try:
+        lines = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines()]
+        return _encoding({base64.b64decode(token): int(rank) for token, rank in lines})
+    except ValueError:
+        raise UserError(f"{path}: expected lines `base64 rank`, as a run wrote them") from None
 
 
 def _encoding(ranks):

@@ -310,10 +310,11 @@ def export_model(model, folder, tokenizer):
         raise UserError(f"--export: expected a folder to write to, got {folder}: {error.strerror}"
                         ) from None
     if tokenizer.name == "learned":
-        write(folder / "tokenizer.tiktoken", tokenizer_text(tokenizer).encode("ascii"))
-    write(folder / "model.safetensors", to_safetensors(tensors))
+        write(folder / "tokenizer.tiktoken", tokenizer_text(tokenizer).encode("ascii"), "--export")
+    write(folder / "model.safetensors", to_safetensors(tensors), "--export")
     # Last: without it nothing loads the folder, so after a kill there is no half of an export.
-    write(folder / "config.json", json.dumps(settings, indent=2).encode("ascii") + b"\n")
+    text = json.dumps(settings, indent=2) + "\n"
+    write(folder / "config.json", text.encode("ascii"), "--export")
 
 
 def to_safetensors(tensors):

@@ -61,8 +61,15 @@ def close(got, expected, tolerance=1e-6, mistakes=None):
     shape = getattr(got, "shape", None)
     if shape is not None and shape != expected.shape:
         lines[1] += f" (shape {tuple(shape)}, expected {tuple(expected.shape)})"
+    elif shape is not None and as_text(got) == as_text(expected):       # large, or many digits
+        wrong = ~((got.detach() - expected).abs() <= tolerance)
+        first = wrong.nonzero()[0].tolist()
+        lines = [f"expected {expected[(*first,)].item()!r} at index {first}",
+                 f"     got {got[(*first,)].item()!r}; {wrong.sum()} of {got.numel()} differ"]
     for mistake, value in (mistakes or {}).items():
-        if is_close(got, value, tolerance):
+        value = torch.as_tensor(value, dtype=torch.double)
+        same_text = value.isinf().any() and as_text(got) == as_text(value)      # inf - inf is NaN
+        if is_close(got, value, tolerance) or same_text:
             lines.append(f"likely mistake: {mistake}")
     raise AssertionError("\n".join(lines))
 

@@ -72,13 +72,13 @@ def test_token_logps_shift():
 
 @points("sequence_logps")
 def test_sequence_logps_is_a_sum():
-    """Log-probs (-1, -2, -4, -8), mask (0, 1, 1, 0): -2 - 4 = -6. The mean: -3; prompt and padding
-    added: -15; without the last response token, EOS: -2."""
-    logps, mask = t(-1, -2, -4, -8).view(1, 4), torch.tensor([[0, 1, 1, 0]]).bool()
-    close(sequence_logps(logps, mask), [-6], mistakes={
-        "the mean over response tokens, not the sum": [-3], "EOS is not scored": [-2],
-        "prompt and padding are scored too": [-15], "the mean over all columns": [-1.5],
-        "the mask is one column too far right": [-12], "the mask is one column too far left": [-3]})
+    """Log-probs (-1, -2, -5, -8), mask (0, 1, 1, 0): -2 - 5 = -7. The mean: -3.5; with prompt and
+    padding: -16; without the last response token, EOS: -2."""
+    logps, mask = t(-1, -2, -5, -8).view(1, 4), torch.tensor([[0, 1, 1, 0]]).bool()
+    close(sequence_logps(logps, mask), [-7], mistakes={
+        "the mean over response tokens, not the sum": [-3.5], "EOS is not scored": [-2],
+        "prompt and padding are scored too": [-16], "the mean over all columns": [-1.75],
+        "the mask is one column too far right": [-13], "the mask is one column too far left": [-3]})
 
 
 @points("all together")
@@ -180,14 +180,16 @@ def test_garbage_padding_stays_out():
 def test_dpo_by_hand():
     """Policy (-10, -12), reference (-11, -11), beta 0.1: x = 0.1 (1 - (-1)) = 0.2; loss -ln
     sigmoid(0.2) = 0.598139. The pair swapped: x = -0.2, loss 0.798139 = 0.598139 + 0.2.
-    Gradient: -beta sigmoid(-0.2) = -0.1 * 0.450166 for the chosen."""
+    Gradient: -beta sigmoid(-0.2) = -0.1 * 0.450166 for the chosen. Without the brackets x would be
+    0.1 (-10 + 11 + 12 + 11) = 2.4."""
     policy = t(-10, -12).requires_grad_()
     ref = t(-11, -11)
     loss = dpo_loss(policy[:1], policy[1:], ref[:1], ref[1:], 0.1)
     close(loss, [0.598139], mistakes={
         "chosen and rejected are swapped, or the sign": [0.798139],
         "beta is applied twice": [math.log1p(math.exp(-0.02))],
-        "beta is not applied": [math.log1p(math.exp(-2))]})
+        "beta is not applied": [math.log1p(math.exp(-2))],
+        "ref_rejected has the wrong sign, brackets are missing": [math.log1p(math.exp(-2.4))]})
     close(dpo_loss(policy[1:], policy[:1], ref[1:], ref[:1], 0.1), [0.798139])
     loss.sum().backward()
     close(policy.grad, [-0.0450166, 0.0450166])
@@ -214,12 +216,15 @@ def test_dpo_theory_case():
 @points("dpo_loss")
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_dpo_at_the_reference(beta):
-    """policy = reference: loss ln 2 whatever beta, gradient -beta/2 for the chosen. Not zero: a
-    start, not a plateau."""
+    """policy = reference = (-3, -7): loss ln 2 whatever beta, gradient -beta/2 for the chosen. Not
+    zero: a start, not a plateau. Without the reference the margin would be beta (-3 + 7), with the
+    reference added beta (-6 + 14)."""
     policy = t(-3, -7).requires_grad_()
     loss = dpo_loss(policy[:1], policy[1:], t(-3), t(-7), beta)
     close(loss, [LN2], mistakes={
-        "the reference is not subtracted": [math.log1p(math.exp(-4 * beta))]})
+        "the reference is not subtracted": [math.log1p(math.exp(-4 * beta))],
+        "the reference is added, or its two responses are swapped":
+            [math.log1p(math.exp(-8 * beta))]})
     loss.sum().backward()
     close(policy.grad, [-beta / 2, beta / 2])
 
@@ -259,6 +264,14 @@ def test_soft_value_precision():
     """Half-precision logits are raised first: float32 out; float64 stays."""
     has_dtype(soft_value(torch.zeros(2, 3).bfloat16(), 1.0), torch.float32)
     has_dtype(soft_value(torch.zeros(2, 3).double(), 1.0), torch.float64)
+
+
+@points("soft_value", "robustness")
+def test_soft_value_of_large_logits():
+    """Logits (1000, 1000) and (-1000, -1000): 1000 + ln 2 and -1000 + ln 2. exp(1000) is inf and
+    exp(-1000) is 0, so log(sum(exp)) would be inf and -inf."""
+    close(soft_value(t(1000, 1000, -1000, -1000).view(2, 2), 1.0), [1000 + LN2, -1000 + LN2],
+          mistakes={"exp overflows, and logsumexp does not": [math.inf, -math.inf]})
 
 
 @points("soft_value")
@@ -353,15 +366,22 @@ ALL = torch.ones(1, 3).bool()
     (1.0, "hold", [3, -2, 0]),              # ..., 3-3: sum 1
     (0.9, "zero", [2.5, -2.3, -3]),         # .9*5-2, .9*3-5, -3: plain sum -2.8, not -2
     (0.9, "value", [2.5, -2.3, 0.6]),       # ..., .9*4-3
+    (0.9, "hold", [2.5, -2.3, -0.3]),       # ..., .9*3-3
 ])
 def test_shaping_by_hand(gamma, terminal, psi):
     """Potentials (2, 5, 3), the finished answer's value 4. With gamma 1 and "value": 5-2, 3-5, 4-3.
-    "zero" ends with 0-3, "hold" with 3-3. With gamma 0.9: .9*5-2, .9*3-5, .9*4-3."""
+    "zero" ends with 0-3, "hold" with 3-3. With gamma 0.9: .9*5-2, .9*3-5, .9*4-3; "hold" ends
+    with .9*3-3. If s_end were one state early, "zero" and "hold" would replace the 3, by 0 or 5."""
     end = {"zero": 0.0, "hold": 3.0, "value": 4.0}[terminal]
+    early = {"zero": 0.0, "hold": 5.0, "value": 3.0}[terminal]
     close(shaping(t(2, 5, 3, 4).view(1, 4), ALL, gamma, terminal), [psi], mistakes={
         "gamma is on Phi(s_t), it belongs on Phi(s_{t+1})": [
             [5 - 2 * gamma, 3 - 5 * gamma, end - 3 * gamma]],
         "the sign: Phi(s_t) - gamma Phi(s_{t+1})": [[-x for x in psi]],
+        "gamma is not applied": [[3, -2, end - 3]],
+        "gamma belongs on Phi(s_end), too": [[*psi[:2], end - 3]],
+        "Phi(s_end) is read one state too early": [[*psi[:2], gamma * early - 3]],
+        "s_end is one state too early": [[psi[0], gamma * early - 5, 4 * gamma - early]],
         "`terminal` has no effect": [[5 * gamma - 2, 3 * gamma - 5, 4 * gamma - 3]]})
 
 
@@ -444,16 +464,18 @@ def test_shaping_gives_no_gradient():
     (0.0, math.log(3 / 2), 1 / 3),          # margin ln 2: DPO
     (0.5, LN2, 1 / 2),                      # margin ln 2 - ln 4 / 2 = 0
     (1.0, LN3, 2 / 3),                      # margin ln 2 - ln 4 = -ln 2: sigmoid 1/3
+    (-0.5, math.log(5 / 4), 1 / 5),         # margin ln 2 + ln 4 / 2 = ln 4: sigmoid 4/5
 ])
 def test_tvkd_by_hand(alpha, loss, weight):
     """beta 1, log-ratios ln 4 and ln 2, summed psi ln 4 and 0. Margins for alpha 0, 1/2, 1: ln 2,
-    0, -ln 2. Weight: minus the gradient by log pi(y_w), sigmoid(-margin). With a plus sign alpha
-    1/2 would give margin ln 4 and loss ln(5/4)."""
+    0, -ln 2. Weight: minus the gradient by log pi(y_w), sigmoid(-margin). alpha -1/2 is the plus
+    reading: margin ln 2 + ln 4 / 2 = ln 4, loss -ln(4/5) = ln(5/4), weight 1/5."""
     policy = t(LN4 - 5, LN2 - 6).requires_grad_()
     ref, psi = t(-5, -6), t(LN4, 0)
     got = tvkd_loss(policy[:1], policy[1:], ref[:1], ref[1:], psi[:1], psi[1:], 1.0, alpha)
     close(got, [loss], mistakes={
-        "a plus before alpha, where a minus belongs": [math.log1p(math.exp(-LN2 - alpha * LN4))],
+        "a plus before alpha, where a minus belongs" if alpha > 0 else "the sign of alpha is lost":
+            [math.log1p(math.exp(-LN2 - alpha * LN4))],
         "alpha is not applied": [LN3]})
     got.sum().backward()
     close(policy.grad, [-weight, weight])
@@ -521,15 +543,17 @@ def test_lemma_strict_shaping_is_invisible(alpha):
 
 @points("kd_loss")
 def test_kd_by_hand():
-    """KL((.5, .5) || (.9, .1)) = .5 ln(.5/.9) + .5 ln(.5/.1) = -.293893 + .804719 = .510826; the
-    other direction is .368064. Two scored states, the second with student = teacher: mean .255413;
-    d/d logits = (student - teacher)/2 = (.2, -.2). The third state is padding, the fourth is never
+    """First call, one scored state: KL((.5, .5) || (.9, .1)) = .5 ln(.5/.9) + .5 ln(.5/.1) =
+    -.293893 + .804719 = .510826; the other direction is .368064, the mean over the vocabulary
+    .510826/2. Second call, that state and one with student = teacher: (.510826 + 0)/2 = .255413;
+    d/d logits = (student - teacher)/2 = (.2, -.2). Its third state is padding; its fourth is never
     acted in."""
     student = torch.stack([t(.9, .1).log(), t(.5, .5).log(), t(3, 0), t(0, 0)]).unsqueeze(0)
     teacher = torch.stack([t(.5, .5).log(), t(.5, .5).log() + 9, t(0, 1), t(0, 0)]).unsqueeze(0)
     student.requires_grad_()
     close(kd_loss(student[:, [0, 3]], teacher[:, [0, 3]], torch.tensor([[True]])), 0.510826,
           mistakes={"the other direction, KL(student || teacher)": 0.368064,
+                    "the mean over the vocabulary too; KL sums over it": 0.510826 / 2,
                     "the logits are shifted: logits[:, t] belong to mask[:, t]": 0.0})
     loss = kd_loss(student, teacher, torch.tensor([[1, 1, 0]]).bool())
     close(loss, 0.510826 / 2, mistakes={"the sum over states, not the mean": 0.510826})
@@ -600,6 +624,7 @@ MASKS = [
     ("implicit_value", lambda mask: implicit_value(steps(2, 5, 3), steps(1, 1, 1), mask, 1.0),
      [[0, 1, 1, 3]]),
     ("shaping", lambda mask: shaping(steps(2, 5, 3, 4), mask), [[3, 0, 1]]),            # 5-2, 4-3
+    ("shaping", lambda mask: shaping(steps(2, 5, 3, 4), mask, 1.0, "zero"), [[3, 0, -3]]),    # 0-3
     ("kd_loss", lambda mask: kd_loss(torch.zeros(1, 4, 2), t(0, LN3).repeat(1, 4, 1), mask),
      .75 * LN3 - LN2),
     ("nll_loss", lambda mask: nll_loss(steps(-1, -9, -4), mask), 2.5),                  # (1 + 4)/2

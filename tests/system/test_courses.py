@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -17,11 +18,12 @@ import pytest
 import torch
 
 import conftest
+import test_tvkd
 import tvkd
 from conftest import ROOT
-from course import mutate
+from course import grader, mutate, wrong
 from course.assignment import FUNCTIONS, KEPT_HELPERS, TOGETHER, exercise
-from course.grader import Grader
+from course.grader import NOT_JUDGED, Failure, Grader
 from course.wrong import MISTAKES, bodies_of, solution
 
 SOURCE = (ROOT / "tvkd.py").read_text(encoding="utf-8")
@@ -49,6 +51,8 @@ for file, names in ROUNDS.items():
 JOBS |= {
     "right": (SOURCE, []),
     "empty": (exercise(SOURCE), []),
+    "log_softmax_first": (solution(SOURCE, bodies_of("log_softmax_first")),
+                          ["--function=soft_value"]),
     "one_function": (exercise(SOURCE), ["--function=kd_loss"]),
     "no_such_function": (SOURCE, ["--function=loss"]),
     "verbose": (JOBS["round0"][0], ["-vv", "--function=dpo_loss"]),    # one v undoes a q
@@ -61,7 +65,8 @@ from course import mutate
 mutate.prepare()
 status = {}
 for name, options in json.loads(sys.argv[1]).items():
-    files = ("test_tvkd.py", "test_shaping_invariance.py")[:1 + (name == "plus")]
+    tree = name in ("plus", "log_softmax_first")
+    files = ["test_shaping_invariance.py", "test_tvkd.py"] if tree else ["test_tvkd.py"]
     options.append(f"--json={name}.json")
     status[name] = mutate.grade(name + ".py", name + ".txt", *options, files=files)
 print(json.dumps(status))
@@ -169,7 +174,7 @@ def test_a_mistake_costs_its_points_and_is_named(graded, name):
     assert mistake.function in result.lost(mistake.kind)
     assert (mistake.function in result.lost("equation")) == (mistake.kind == "equation")
     block = result.blocks[f"{mistake.function}: {mistake.kind}"]
-    assert mistake.message in block
+    assert mistake.message in block.split("\nresult ")[1]          # the docstring is no message
     assert f"equation   {FUNCTIONS[mistake.function].equation}\n" in block
 
 
@@ -181,6 +186,7 @@ def test_a_mistake_costs_points_of_its_function_alone(graded, file):
     result = graded[file]
     assert result.status == 1 and result.record["complete"]
     assert {*result.lost("equation"), *result.lost("robustness")} == wrong
+    assert f"{result.record['points']} of 30 points" in result.output
     assert [key.split(":")[0] for key in result.blocks] == [f for f in FUNCTIONS if f in wrong]
 
 
@@ -198,14 +204,68 @@ def test_what_a_student_reads_about_a_plus_sign(graded):
     assert 0 < together["passed"] < together["tests"] and together["out_of"] == 0
 
 
+def test_robustness_is_not_judged_where_the_equation_is_wrong(graded):
+    """The table and the file say so, even if every test of robustness passes, as with abs(alpha).
+    Where the equation is right, robustness is judged, and can be 0 of 1."""
+    plus, entry = graded["plus"], graded["plus"].record["functions"]["tvkd_loss"]
+    assert re.search(r"^tvkd_loss +0 of  3 +\(1 of 5\) +not judged$", plus.output, re.MULTILINE)
+    assert f"not judged: {NOT_JUDGED}; until then" in plus.output
+    assert entry["equation"]["judged"] and not entry["robustness"]["judged"]
+    assert (entry["robustness"]["points"], entry["robustness"]["message"]) == (0, NOT_JUDGED)
+    lucky = graded[ROUND_OF["absolute_alpha"]].record["functions"]["tvkd_loss"]["robustness"]
+    assert lucky["passed"] == lucky["tests"] and (lucky["points"], lucky["judged"]) == (0, False)
+    naive = graded["naive"]
+    assert "not judged" not in naive.output
+    assert all(naive.record["functions"][name]["robustness"]["judged"] for name in FUNCTIONS)
+
+
+def test_the_message_has_a_hint_and_else_the_smallest_input(graded):
+    """log_softmax before logsumexp fails in the tree first, where no hint is given."""
+    block = graded["log_softmax_first"].blocks["soft_value: equation"]
+    assert "test       test_soft_value\n" in block and "likely mistake: log_softmax" in block
+    tests = grader.Tests()
+    for name, hint, size in (("a", "", 9), ("b", "", 3), ("c", "", 3)):
+        tests.failures.append(Failure(name, "", (), hint, "", size))
+    assert tests.most_telling.test == "b"
+    tests.failures.append(Failure("d", "", (), "got 2\nlikely mistake: the sum", "", 99))
+    assert tests.most_telling.test == "d"
+
+
+def test_no_two_mistakes_have_one_value(monkeypatch):
+    """Two hints for one wrong number would contradict each other. In every call of `close` with
+    `mistakes`, those that differ from the right value differ from one another."""
+    calls = []
+    monkeypatch.setattr(test_tvkd, "close", lambda got, expected, tolerance=0, mistakes=None:
+                        calls.append((expected, mistakes or {})))
+    for name, test in vars(test_tvkd).items():
+        if name.startswith("test_"):
+            marks = [m.args for m in getattr(test, "pytestmark", ()) if m.name == "parametrize"]
+            names, rows = marks[0] if len(marks) == 1 else ("", [()])
+            if len(marks) < 2 and "call" not in names:
+                for row in rows:
+                    test(*row) if "," in names else test(*([row] if names else []))
+    assert sum(bool(mistakes) for _, mistakes in calls) > 12
+    for expected, mistakes in calls:
+        right = torch.as_tensor(expected, dtype=torch.double).detach()
+        values = [value for value in mistakes.values()
+                  if not conftest.is_close(right, value, 1e-6)]
+        for i, value in enumerate(values):
+            for other in values[:i]:
+                assert conftest.as_text(torch.tensor(value)) != conftest.as_text(
+                    torch.tensor(other)), mistakes
+
+
 def test_one_function_of_an_unfinished_file(graded):
-    """--function=kd_loss runs kd_loss's tests, not tvkd_loss's or dpo_loss's; no total is printed.
-    A function that is not written yet then gets its message, with the line that raised."""
+    """--function=kd_loss runs kd_loss's tests, not tvkd_loss's or dpo_loss's; the table has one
+    line and no total, the file null for what was not run. A function that is not written yet then
+    gets its message, with the line that raised."""
     result = graded["one_function"]
-    assert result.status == 1 and not re.search("^total", result.output, re.MULTILINE)
-    assert not result.record["complete"]
+    assert result.status == 1 and not result.record["complete"]
     assert re.search(r"^kd_loss +0 of +2 +\(0 of 1\) .* not written$", result.output, re.MULTILINE)
-    assert re.search(r"^tvkd_loss .* not run$", result.output, re.MULTILINE)
+    assert not re.search("^(total|tvkd_loss|dpo_loss|all together)", result.output, re.MULTILINE)
+    entries = result.record["functions"]
+    assert [entries[name]["equation"]["points"] for name in FUNCTIONS] == [None] * 8 + [0, None]
+    assert [result.record[key] for key in ("points", "equation", "robustness")] == [None] * 3
     line = int(re.search(r"^line +one_function.py:(\d+)$", result.output, re.MULTILINE)[1])
     assert JOBS["empty"][0].splitlines()[line - 1] == "    raise NotImplementedError"
     assert "--function: expected one of action_logps, " in graded["no_such_function"].output
@@ -244,6 +304,29 @@ def test_a_missing_function_fails_alone(tmp_path, monkeypatch):
         sys.modules["tvkd"].shaping()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGPROF"), reason="Windows counts no processor time")
+def test_an_endless_loop_fails_with_its_line(tmp_path, monkeypatch):
+    """Once the limit is over, later calls fail at once. So does a file whose import never ends."""
+    for name in ("tvkd", "reference_tvkd"):
+        monkeypatch.setitem(sys.modules, name, tvkd)
+    path = tmp_path / "solution.py"
+    path.write_text(solution(SOURCE, {"shaping": "while True:\n    pass"}), encoding="utf-8")
+    graded, limit = Grader(path), signal.getitimer(signal.ITIMER_PROF)
+    monkeypatch.setattr(grader, "SECONDS", 0.05)
+    values, mask = torch.zeros(1, 2), torch.ones(1, 1)
+    with pytest.raises(TimeoutError, match="shaping did not return within 0.05 seconds"):
+        sys.modules["tvkd"].shaping(values, mask)
+    line = int(graded.line.removeprefix("solution.py:"))
+    assert path.read_text().splitlines()[line - 1].strip() in ("while True:", "pass")
+    with pytest.raises(TimeoutError, match="shaping did not return in an earlier test"):
+        sys.modules["tvkd"].shaping(values, mask)
+    assert graded.remark("shaping") == "does not return"
+    assert signal.getitimer(signal.ITIMER_PROF) == limit == (0.0, 0.0)
+    path.write_text("while True:\n    pass\n", encoding="utf-8")
+    with pytest.raises(pytest.UsageError, match="TimeoutError: the import did not return"):
+        Grader(path)
+
+
 @pytest.mark.parametrize("option", ["--function", "--json"])
 def test_options_of_the_grader_need_impl(option):
     config = types.SimpleNamespace(getoption={option: "x"}.get, addinivalue_line=print)
@@ -261,7 +344,31 @@ def test_close_says_what_differs():
     for got, expected in ((math.nan, 0.0), (math.nan, math.nan), (0.0, math.nan)):
         with pytest.raises(AssertionError):
             conftest.close(got, expected)
+    with pytest.raises(AssertionError, match="likely mistake: too large"):
+        conftest.close(torch.tensor([math.inf]), [1], mistakes={"too large": [math.inf]})
     conftest.close(torch.tensor([1.0, 2.0]), [1.0, 2.0 + 1e-7])
+
+
+def test_close_names_the_first_difference_in_a_large_tensor():
+    """Of 54 numbers two differ, at (1, 2) and (4, 0). In a small one all digits are printed where
+    six are not enough."""
+    expected, got = torch.zeros(6, 9).double(), torch.zeros(6, 9).double()
+    got[1, 2], got[4, 0] = 0.5, math.nan
+    with pytest.raises(AssertionError) as error:
+        conftest.close(got, expected)
+    assert str(error.value) == "expected 0.0 at index [1, 2]\n     got 0.5; 2 of 54 differ"
+    with pytest.raises(AssertionError) as error:
+        conftest.close(torch.tensor([1, 2 + 2e-9], dtype=torch.double), [1, 2], 1e-9)
+    assert str(error.value) == "expected 2.0 at index [1]\n     got 2.000000002; 1 of 2 differ"
+
+
+def test_an_unknown_mistake_is_refused(capsys):
+    """Exit status 2, the argument on stderr and nothing on stdout, which goes to a file."""
+    assert wrong.main(["nosuch"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch("course.wrong: expected one of .*, got nosuch\n", err)
+    assert wrong.main([]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(MISTAKES) + 1
 
 
 def test_each_test_calls_the_function_it_is_marked_with_alone():

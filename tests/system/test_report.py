@@ -5,6 +5,7 @@ Its panel is driven in a real browser and compared with tvkd.py.
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import torch
 
 import tvkd
 from harness import report, table
+from harness.numbers import landmarks
 from harness.table import Row
 
 HOSTILE = ["<script>alert(1)</script>", ' "', "&amp;", "\n", " ", "\ufffd", "<|endoftext|>"]
@@ -73,7 +75,7 @@ class Page(HTMLParser):
         if attributes.get("class", "").startswith("token"):
             self.tokens.append({"title": attributes["title"], "text": "",
                                 "note": attributes["class"].split()[1:]})
-        elif "--a" in attributes.get("style", "") and self.tokens:
+        elif "--a:" in attributes.get("style", "") and self.tokens:
             tint = float(attributes["style"][4:])
             self.tokens[-1].update(word=attributes["class"], tint=tint)
             self.into = self.tokens[-1]
@@ -202,7 +204,7 @@ def test_hostile_tokens_come_out_as_text(tmp_path):
     expected = [*HOSTILE[:3], "\u21b5", "\u2423", *HOSTILE[5:]]
     assert [token["text"] for token in page.tokens[:7]] == expected
     assert prompt in page.text and "data: <b>&." in page.text
-    assert page.source.count("<script") == 1                                # panel.js
+    assert "<script" not in page.source
     assert ("br", {}) in page.tags                                          # after the newline
 
 
@@ -252,6 +254,18 @@ def test_last_potential(tmp_path, terminal, psi, last, total):
     assert "chosen - rejected: +0.000" in page.text
     step = report.scale(*((0, 2) if terminal == "hold" else (-10, 2)), 34, 2)
     assert page.tokens[1]["line"] == [(0.0, 2.0), (1.0, round(step(last - 10.0), 2))]
+
+
+def test_no_room_above_and_below_the_line_of_a_pair(tmp_path):
+    """Lines of all pairs lie from 2 to 34; those of a flat pair at 20.29: 18.29 above, 13.71 below.
+
+    In the first pair the lines reach both ends.
+    """
+    flat = (["a"], [0.0], [5.0, 5.0])
+    page = make_page(tmp_path, make_results(pairs=[PAIR, make_pair(flat, flat)]))
+    styles = [a["style"] for _, a in page.tags if a.get("class") == "sides"]
+    assert styles == ["--above:0.00px;--below:0.00px", "--above:-18.29px;--below:-13.71px"]
+    assert "margin: var(--above) 0 var(--below)" in page.source
 
 
 def test_sums_of_a_pair(tmp_path):
@@ -416,23 +430,22 @@ HASHES = {          # address -> alpha, beta, gamma, terminal, value, the pair p
 
 def make_panel_results():
     """Two pairs each under implicit/value and logits/hold, with margins and true rewards."""
-    pairs = []
+    results = make_results(pairs=[])
+    results["scatter"] = []
     for value, terminal in (("implicit", "value"), ("logits", "hold")):
         for responses, margin in zip(VALUES[value], MARGINS):
             made = [(["t"] * (len(V) - 1), [0.0] * (len(V) - 1), V) for V in responses]
-            pair = {**make_pair(*made, value, terminal), "margin": margin}
-            pair["chosen"]["reward"], pair["rejected"]["reward"] = 2.0, 3.0
-            pairs.append(pair)
-    results = make_results(pairs=pairs)
-    results["scatter"] = [
-        {"seed": 0, "value": "implicit", "chosen": report.landmarks(chosen),
-         "rejected": report.landmarks(rejected), "margin": 4 * margin, "reward_gap": 1.0}
-        for (chosen, rejected), margin in zip(VALUES["implicit"], MARGINS)]
+            results["pairs"].append(make_pair(*made, value, terminal))
+            chosen, rejected = map(landmarks, responses)
+            results["scatter"].append({"seed": 0, "value": value, "chosen": chosen,
+                                       "rejected": rejected, "margin": margin, "reward_gap": -1.0})
+    results["scatter"].append({"seed": 0, "value": "implicit", "chosen": 4 * [0.0],     # not below
+                               "rejected": 4 * [0.0], "margin": -5.0, "reward_gap": 3.0})
     return results
 
 
 def expected_numbers(V_chosen, V_rejected, margin, alpha, beta, gamma, terminal):
-    """The eight numbers of a row of the panel, and x and y of its point, all by tvkd.py."""
+    """The eight numbers of a row of the panel, by tvkd.py."""
     sums = []
     for V in (V_chosen, V_rejected):
         V = torch.tensor([V], dtype=torch.double)
@@ -443,7 +456,8 @@ def expected_numbers(V_chosen, V_rejected, margin, alpha, beta, gamma, terminal)
     tvkd_ = tvkd.tvkd_loss(logratio, zero, zero, zero, *sums, beta, alpha)
     weights = [-torch.autograd.grad(loss.sum(), logratio)[0] / beta for loss in (dpo, tvkd_)]
     margins = [beta * logratio, beta * logratio - alpha * (sums[0] - sums[1])]
-    return [x.item() for x in (*sums, *margins, dpo, tvkd_, *weights)]
+    of_dpo, of_tvkd = zip(margins, (dpo, tvkd_), weights)
+    return [x.item() for x in (*of_tvkd, *of_dpo, *sums)]
 
 
 class Panel(HTMLParser):
@@ -452,7 +466,7 @@ class Panel(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.rows, self.bars, self.picked, self.points, self.inside = [], [], [], [], False
-        self.hidden = []
+        self.hidden, self.text = [], ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -473,6 +487,9 @@ class Panel(HTMLParser):
             self.points.append([])
         elif self.inside and tag == "circle":
             self.points[-1].append([float(attributes[k]) for k in ("cx", "cy", "fill-opacity")])
+
+    def handle_data(self, data):
+        self.text += data
 
     def handle_endtag(self, tag):
         self.inside = self.inside and tag != "form"
@@ -500,7 +517,8 @@ def test_panel_in_a_browser(tmp_path, address):
     alpha, beta, gamma, terminal, value, picked = HASHES[address]
     page = tmp_path / "report.html"
     report.write_report(make_panel_results(), [], page)
-    panel = Panel(browse(tmp_path, page.as_uri() + address))
+    source = browse(tmp_path, page.as_uri() + address)
+    panel = Panel(source)
     expected = [expected_numbers(*responses, margin, alpha, beta, gamma, terminal)
                 for responses, margin in zip(VALUES[value], MARGINS)]
     mean = [sum(numbers) / len(expected) for numbers in zip(*expected)]
@@ -508,38 +526,45 @@ def test_panel_in_a_browser(tmp_path, address):
     for row, numbers in zip(panel.rows, [mean, *expected]):
         assert row == pytest.approx(numbers, abs=1e-9)
     for row, bars in zip(panel.rows, panel.bars):
-        assert bars == pytest.approx([100 * row[7], 100 * row[6]])
+        assert bars == pytest.approx([100 * row[2], 100 * row[5]])
     assert panel.picked == [False, *(i == picked for i in range(len(expected)))]
     if terminal == "zero":                                  # the lemma: TVKD is DPO
-        assert all(row[i] == pytest.approx(row[i + 1]) for row in panel.rows for i in (2, 4, 6))
+        assert all(row[:3] == pytest.approx(row[3:6]) for row in panel.rows)
 
     # The pictures. Their axes reach to a power of two: pixels -> numbers needs no more than that.
     first, second = panel.points
-    scale = 4 if value == "implicit" else 1                 # of the margins in the scatter
-    x, y, shade = zip(*[(alpha * (n[0] - n[1]), n[2], n[7]) for n in (
-        expected_numbers(*responses, scale * margin, alpha, beta, gamma, terminal)
-        for responses, margin in zip(VALUES[value], MARGINS))])
-    reach = max(1 / 8, *map(abs, x + y))
-    reach = next(2.0 ** k for k in range(-3, 20) if 2.0 ** k >= reach)
-    for point, *numbers in zip(first, x, y, shade):
-        assert point == pytest.approx([150 + 130 * numbers[0] / reach,
-                                       110 - 95 * numbers[1] / reach, numbers[2]], abs=0.006)
-    assert len(first) == len(x) + 1 and len(second) == len(x) + 1           # and the ring
-    gap = 1.0 if value == "implicit" else -1.0              # 2 - 3, of the rewards
-    assert {point[1] for point in second[:-1]} == {110 - 95 * gap}
+    more = [[-5 * beta / 2, 3.0]] if value == "implicit" else []        # the pair not shown below
+    xy = [[n[6] - n[7], n[3], -1.0] for n in expected] + [[0.0, *point] for point in more]
+    shades = [n[2] for n in expected] + [1 / (1 + math.exp(y)) for y, _ in more]
+    reach = max(1, *(abs(size) for x, y, _ in xy for size in (alpha * x, y)))
+    reach = next(2.0 ** k for k in range(20) if 2.0 ** k >= reach)
+    assert len(first) == len(second) == len(xy) + 1                     # and the ring
+    for point, (x, y, _), shade in zip(first, xy, shades):
+        assert point == pytest.approx([150 + 130 * alpha * x / reach, 110 - 95 * y / reach, shade],
+                                      abs=0.006)
+    assert first[-1] == pytest.approx(first[picked], abs=1e-9)
+    across = next(2.0 ** k for k in range(20) if 2.0 ** k >= max(1, *(abs(x) for x, *_ in xy)))
+    up = 4 if more else 1
+    for point, (x, _, gap) in zip(second, xy):
+        assert point[:2] == pytest.approx([150 + 130 * x / across, 110 - 95 * gap / up], abs=0.006)
+    axes = [f'<text x="20" y="122">{-end:g}</text>' for end in (reach, across)]
+    assert all(axis in source for axis in axes)             # at least from -1 to 1
+    assert panel.text.count(f"{len(xy)} held-out pairs") == 2
+    assert f"mean of\u00a0these\u00a0{len(expected)}" in panel.text
 
 
 def test_panel_is_hidden_until_the_script_ran(tmp_path):
-    page = make_page(tmp_path)
+    page = make_page(tmp_path, make_panel_results())
     form, = [attributes for tag, attributes in page.tags if tag == "form"]
     assert "hidden" in form
+    assert "<form" not in make_page(tmp_path).source                        # no scatter
     assert "<form" not in make_page(tmp_path, make_results(pairs=[])).source
 
 
 def test_landmarks_by_hand():
     """Values 1, 2, 4, 8: 1, 2 + 4 between, 4 before EOS, 8. EOS alone: 1, 0, 1, 8."""
-    assert report.landmarks([1.0, 2.0, 4.0, 8.0]) == [1.0, 6.0, 4.0, 8.0]
-    assert report.landmarks([1.0, 8.0]) == [1.0, 0.0, 1.0, 8.0]
+    assert landmarks([1.0, 2.0, 4.0, 8.0]) == [1.0, 6.0, 4.0, 8.0]
+    assert landmarks([1.0, 8.0]) == [1.0, 0.0, 1.0, 8.0]
 
 
 # --- the page -----------------------------------------------------------------------------------
@@ -550,7 +575,7 @@ def test_settings(tmp_path):
 
 
 def test_nothing_on_the_network(tmp_path):
-    page = make_page(tmp_path, log=make_log())
+    page = make_page(tmp_path, make_panel_results(), make_log())
     source, policies = re.subn(r"<meta http-equiv[^>]*default-src 'none'[^>]*>", "", page.source)
     assert policies == 1
     assert not re.search(r"https?:|//|url\(|@import|\bsrc\b|\bhref\b|<link", source)
@@ -559,7 +584,7 @@ def test_nothing_on_the_network(tmp_path):
 
 
 def test_every_tag_is_closed(tmp_path):
-    page = make_page(tmp_path, log=make_log())
+    page = make_page(tmp_path, make_panel_results(), make_log())
     source = re.sub("<script>.*</script>", "", page.source, flags=re.DOTALL)
     for tag in TAGS - {"html", "meta", "script", "br", "path", "polyline", "circle", "input"}:
         assert len(re.findall(rf"<{tag}[ >]", source)) == source.count(f"</{tag}>"), tag
@@ -633,7 +658,7 @@ def test_results_of_unknown_origin(tmp_path, capsys):
                 assert error.count("\n") == 1 and error[:-1].isprintable(), (path, wrong)
                 continue
             page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-            assert page.source.count("<script") == 1 - (not attacked["results"]["pairs"]), path
+            assert page.source.count("<script") == page.source.count("<form") < 2, path
             assert {tag for tag, _ in page.tags} <= TAGS, (path, wrong)
     assert min(ends.values()) > 100, ends
 
@@ -644,8 +669,8 @@ def test_results_of_unknown_origin(tmp_path, capsys):
     (("rows", 1, "pref_n"), "<b>", "results.json.rows[1].pref_n: expected a finite whole number"),
     (("rows", 0, "reward"), float("inf"), "results.json.rows[0].reward: expected a finite number"),
     (("pairs", 0, "chosen", "values"), [1.0], "results.json.pairs[0].chosen: expected n tokens"),
-    (("pairs", 0, "terminal"), "end", "results.json.pairs[0].terminal: expected value or hold"),
-    (("pairs", 0, "chosen", "kinds"), ["good"] * 7, "pairs[0].chosen.kinds: expected one of"),
+    (("pairs", 0, "terminal"), "end", "results.json.pairs[0].terminal: expected one of ('value', "),
+    (("pairs", 0, "chosen", "kinds"), ["good"] * 7, "pairs[0].chosen.kinds[0]: expected one of"),
     (("config", "beta"), 0, "results.json.config.beta: expected a number above 0, got 0")])
 def test_a_wrong_number_is_named(tmp_path, capsys, path, wrong, message):
     results = copy.deepcopy(make_results())

@@ -540,12 +540,12 @@ def same_reward(pair):
     (["--teacher_tokenizer=300"], "unrecognized arguments: --teacher_tokenizer=300"),
     (["--\x1b[31m\n=1"], "unrecognized arguments: --\ufffd[31m\ufffd=1"),
     (["--alpha=much"], "invalid float value: 'much'"),
-    (["--alpha=nan"], "--alpha: expected a number up to 1e6, got nan"),
+    (["--alpha=nan"], "--alpha: expected a number from -1e+06 to 1e6, got nan"),
     (["--gamma=-1"], "--gamma: expected a number from 0 to 1e6, got -1.0"),
-    (["--beta=0"], "--beta: expected a number of at least 1e-12, got 0.0"),
-    (["--beta=1e-40"], "--beta: expected a number of at least 1e-12, got 1e-40"),
-    (["--beta=-1"], "--beta: expected a number from 0 to 1e6, got -1.0"),
-    (["--lr=1e20", "--steps=1"], "--lr: expected a number from 0 to 1e6, got 1e+20"),
+    (["--beta=0"], "--beta: expected a number from 1e-12 to 1e6, got 0.0"),
+    (["--beta=1e-40"], "--beta: expected a number from 1e-12 to 1e6, got 1e-40"),
+    (["--beta=-1"], "--beta: expected a number from 1e-12 to 1e6, got -1.0"),
+    (["--lr=1e20", "--steps=1"], "--lr: expected a number from 1e-12 to 1e6, got 1e+20"),
     (["--methods=dpo,ppo"], "--methods: expected some of bc,kd,dpo,tvkd, each once, got dpo,ppo"),
     (["--methods="], "--methods: expected some of"),
     (["--methods=dpo,dpo"], "each once, got dpo,dpo"),
@@ -554,10 +554,10 @@ def same_reward(pair):
     (["--precision=half"], "--precision: expected one of auto, float32, bfloat16"),
     (["--student_width=10"], "--student_width: expected a multiple of --student_heads=4, got 10"),
     (["--teacher_width=1000000000"], "--teacher_width: expected 1 to 100000, got 1000000000"),
-    (["--steps=0"], "--steps: expected 1 to "),
+    (["--steps=0"], "--steps: expected at least 1, got 0"),
     (["--batch_size=1" + "0" * 30], "--batch_size: expected 1 to 1000000, got 1000000"),
-    (["--seed=99999999999999999999"], "--seed: expected 0 to "),
-    (["--trust_code=2"], "--trust_code: expected 0 or 1, got 2"),
+    (["--seed=99999999999999999999"], "--seed: expected 0 to 4611686018427387904, got 9999"),
+    (["--trust_code=2"], "--trust_code: expected 0 to 1, got 2"),
     (["--ask="], "--ask: expected a value, got an empty one"),
     (["--export="], "--export: expected a value, got an empty one"),
     (["--ask=hi", "--steps=5"],
@@ -733,6 +733,44 @@ def test_as_a_command(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *command[2:], f"--out={tmp_path / 'cuda'}"],
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["scores.jsonl", "results.json", "seed0/dpo.pt", "mine.jsonl"])
+@pytest.mark.parametrize("option", ["data", "teacher_init", "student_init", "score"])
+def test_inputs_do_not_lie_in_out(default_run, tmp_path, capsys, option, name):
+    """The run would overwrite them, or remove them as stale. Nothing in the folder changes."""
+    out = tmp_path / "out"
+    shutil.copytree(default_run.out, out)
+    for path in (out / "scores.jsonl", out / "mine.jsonl"):
+        path.write_text("{}\n", encoding="utf-8")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    sizes = () if option == "score" else TINY[:1]
+    message = refused(capsys, *sizes, f"--{option}={out / name}", f"--out={out}")
+    assert f"--{option}: expected a file outside --out={out}" in message
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["results.json", "log.jsonl", ".lock", "seed0/dpo.pt",
+                                  "seed0/tokenizer.tiktoken"])
+def test_a_pipe_in_out_is_not_opened(default_run, tmp_path, capsys, name):
+    """Opening it would wait for a writer for ever. Refused before anything is touched."""
+    out = tmp_path / "out"
+    shutil.copytree(default_run.out, out)
+    (out / name).unlink(missing_ok=True)
+    os.mkfifo(out / name)
+    log = None if name == "log.jsonl" else (out / "log.jsonl").read_bytes()
+    assert f"{name}: expected a file as a run wrote it" in refused(capsys, *SMALL, f"--out={out}")
+    if name not in ("log.jsonl", ".lock"):
+        assert name in refused(capsys, f"--out={out}", "--ask=hi", "--device=cpu")
+    assert log is None or (out / "log.jsonl").read_bytes() == log
+
+
+def test_export_looks_at_all_targets_first(default_run, tmp_path, capsys):
+    """A file where the last model would go: refused before the first one is written."""
+    (tmp_path / "tvkd-logits-hold").write_text("x", encoding="utf-8")
+    assert "--export: expected a folder or nothing at " in refused(
+        capsys, f"--out={default_run.out}", f"--export={tmp_path}", "--device=cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["tvkd-logits-hold"]
 
 
 def test_a_folder_to_write_to(capsys, tmp_path):

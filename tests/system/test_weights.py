@@ -177,10 +177,10 @@ def test_half_an_export_is_none(tmp_path, monkeypatch):
     export_model(gpt(), tmp_path, Named)
     write = weights.write
 
-    def kill(path, content):
+    def kill(path, content, option):
         if path.name == "config.json":
             raise KeyboardInterrupt
-        write(path, content)
+        write(path, content, option)
     monkeypatch.setattr(weights, "write", kill)
     with pytest.raises(KeyboardInterrupt):
         export_model(gpt(bias=False), tmp_path, Named)
