@@ -326,7 +326,7 @@ def teacher_answers(config, seed, pairs, tokenizer, teacher, keep):
     """For bc: two answers that the teacher samples to the prompt of each pair."""
     prompts = [row.prompt for row in both_responses(pairs)]                     # every prompt twice
     sampled = keep("teacher-answers", sample, teacher, prompts, tokenizer.eot_token,
-                   config.max_new_tokens, config.batch_size, seed)
+                   config.max_new_tokens, seed)
     examples = [data.Example(*row) for row in zip(prompts, sampled)]
     return list(zip(examples[:len(pairs)], examples[len(pairs):]))
 

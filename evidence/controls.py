@@ -340,7 +340,7 @@ def measured(model, ref, held_out, beta, with_parts=False):
         prompts = [pair.prompt for pair in held_out.pairs for _ in range(held_out.samples)]
         asked = [pair.prompt for pair in held_out.texts for _ in range(held_out.samples)]
         answers = sample(model, prompts, held_out.tokenizer.eot_token, held_out.max_new_tokens,
-                         held_out.batch_size, held_out.seed)
+                         held_out.seed)
         both = [data.reward_parts(prompt, spoken(answer, held_out.tokenizer))
                 for prompt, answer in zip(asked, answers)]
         numbers["facts"], numbers["manners"] = map(statistics.fmean, zip(*both))

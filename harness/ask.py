@@ -128,8 +128,8 @@ def show_answers(prompts, ids, models, tokenizer, config, seed):
 
     prompts: text, equal ones next to each other; ids: the same prompts as ids.
     """
-    answers = {name: sample(model, ids, tokenizer.eot_token, config.max_new_tokens,
-                            config.batch_size, seed) for name, model in models.items()}
+    answers = {name: sample(model, ids, tokenizer.eot_token, config.max_new_tokens, seed)
+               for name, model in models.items()}
     for prompt in dict.fromkeys(prompts):
         print(f"\nprompt: {printable(' '.join(prompt.split())[-300:])}")
         rewarded = not config.data and TOY_PROMPT.match(prompt)     # else it would mean nothing

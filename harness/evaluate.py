@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -53,15 +54,18 @@ def is_correct(margins):
 
 
 @torch.no_grad()
-def sample(model, prompts, eos, max_new_tokens, batch_size, seed):
+def sample(model, prompts, eos, max_new_tokens, seed):
     """One response at temperature 1 to each prompt of ids -> ids, with EOS where the model ended.
 
     The generator is its own, so sampling never moves the order of training batches.
     """
     generator = torch.Generator(device_of(model)).manual_seed(seed)
-    responses = []
-    for start in range(0, len(prompts), 4 * batch_size):
-        batch = prompts[start:start + 4 * batch_size]
+    config, responses = model.config, []
+    # As many rows at once as have keys and values of 1 GiB; at most 1,024.
+    floats = 2 * config.n_layer * config.block_size * config.n_embd
+    at_once = min(1024, max(1, 2 ** 28 // floats))
+    for start in range(0, len(prompts), at_once):
+        batch = prompts[start:start + at_once]
         answers = model.generate(batch, max_new_tokens, eos, generator=generator)
         for prompt, ids in zip(batch, answers):
             full = len(prompt) + len(ids) >= model.config.block_size
@@ -90,11 +94,17 @@ def policy_kl(model, ref, rows, batch_size):
     return total / len(rows)
 
 
-def cached_margins(model, ref, beta, pairs, batch_size):
-    """Implicit reward margin of every pair: (len(pairs),)."""
-    both = both_responses(pairs)
-    policy, reference = (cached_logps(m, both, batch_size).chunk(2) for m in (model, ref))
-    return reward_margins(*policy, *reference, beta)
+def cached_margins(model, ref, beta, held_out):
+    """Implicit reward margin of every held-out pair: (pairs,)."""
+    both = both_responses(held_out.pairs)
+    policy = cached_logps(model, both, held_out.batch_size).chunk(2)
+    return reward_margins(*policy, *reference_logps(ref, held_out).chunk(2), beta)
+
+
+@lru_cache(maxsize=4)
+def reference_logps(ref, held_out):
+    """Log-probs of the held-out responses under a frozen reference, which many models share."""
+    return cached_logps(ref, both_responses(held_out.pairs), held_out.batch_size)
 
 
 def evaluate(model, ref, beta, held_out):
@@ -105,13 +115,13 @@ def evaluate(model, ref, beta, held_out):
     beta of its implicit reward. The true reward is known on the toy task alone.
     """
     pairs, texts, samples = held_out.pairs, held_out.texts, held_out.samples
-    margins = cached_margins(model, ref, beta, pairs, held_out.batch_size)
+    margins = cached_margins(model, ref, beta, held_out)
     if not margins.isfinite().all():
         raise FloatingPointError("expected finite log-probs of the held-out pairs; the weights are "
                                  "too large or not finite, try a lower learning rate")
     prompts = [pair.prompt for pair in pairs for _ in range(samples)]
     responses = sample(model, prompts, held_out.tokenizer.eot_token, held_out.max_new_tokens,
-                       held_out.batch_size, held_out.seed)
+                       held_out.seed)
     each = {"pref_acc": is_correct(margins)}
     if held_out.toy:
         asked = [pair.prompt for pair in texts for _ in range(samples)]
@@ -162,7 +172,7 @@ def psi_of_pairs(kind, terminal, gamma, teacher, teacher_ref, teacher_beta, stud
     pairs, texts = held_out.pairs[:SCATTER], held_out.texts[:SCATTER]
     rows, batch_size = both_responses(pairs), held_out.batch_size
     values = cached_values(kind, teacher, teacher_ref, rows, teacher_beta, batch_size)
-    margins = cached_margins(student, student_ref, beta, pairs, batch_size).tolist()
+    margins = cached_margins(student, student_ref, beta, held_out)[:SCATTER].tolist()
     psi = cached_psi(values, rows, gamma, terminal)
     shown, scatter = [], []
     for i, (text, margin) in enumerate(zip(texts, margins)):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import data
 import train
 from conftest import close
-from harness.evaluate import cached_margins, policy_kl, spoken
+from harness.evaluate import HeldOut, cached_margins, policy_kl, spoken
 from harness.options import Recipe, parse_args
 from harness import tokenizers
 from harness.progress import Progress
@@ -192,7 +192,8 @@ def test_table_and_validation_measure_each_model_against_its_start(wired):
             asked = [pair.prompt for pair in its_texts for _ in range(samples)]
             reward = torch.tensor([data.reward(prompt, spoken(answer, tokenizer))
                                    for prompt, answer in zip(asked, answers)]).view(-1, samples)
-            margins = cached_margins(model, ref, beta, pairs, 8)
+            held_out = HeldOut(pairs, its_texts, tokenizer, True, samples, 12, 8, SEED)
+            margins = cached_margins(model, ref, beta, held_out)
             examples = [data.Example(*item) for item in zip(prompts, answers)]
             close(numbers["reward"], reward.mean(), 1e-5)
             close(numbers["pref_margin"], margins.mean(), 1e-4)

@@ -490,8 +490,9 @@ def test_true_accuracy_by_hand(monkeypatch):
     _, ids, _ = data.encode(texts, tokenizer, 128)
     torch.manual_seed(0)
     model = GPT(GPTConfig(tokenizer.n_vocab, 128, 1, 2, 8))
-    assert evaluate.cached_margins(model, model, 1.0, ids, 8).tolist() == [0, 0, 0]
-    monkeypatch.setattr(evaluate, "cached_margins", lambda *args: torch.ones(len(args[3])))
+    every = HeldOut(ids, texts, tokenizer, True, 1, 2, 8, 0)
+    assert evaluate.cached_margins(model, model, 1.0, every).tolist() == [0, 0, 0]
+    monkeypatch.setattr(evaluate, "cached_margins", lambda *args: torch.ones(len(args[3].pairs)))
     for part, expected in ((slice(0, 3), [1, 0]), (slice(2, 3), [])):
         held_out = HeldOut(ids[part], texts[part], tokenizer, True, 1, 2, 8, 0)
         metrics, each = evaluate.evaluate(model, model, 1.0, held_out)
