@@ -80,7 +80,7 @@ class Config:
     student_heads: int = option(4, "attention heads of the student")
     student_width: int = option(48, "channels of the student")
     teacher_init: str = option("", "weights the teacher starts from: a nanoGPT checkpoint, a file "
-                                   "of out/seed0, or a GPT-2 folder of the transformers library")
+                                   "of another run, or a GPT-2 folder of the transformers library")
     student_init: str = option("", "the same for the student")
     batch_size: int = option(64, "pairs in a step of a preference stage; supervised stages take "
                                  "as many rows", "training", with_data=8)
