@@ -155,12 +155,19 @@ def tvkd_loss_at_start(loss, ids):
 # --------------------------------------------------------------------------------------------------
 # The methods. To add one, write its loss above and its line here.
 
+INPUTS = ("pairs", "ref_logps", "beta", "alpha", "psi", "teacher", "answers")
+
+
 @dataclass(frozen=True)
 class Method:
     loss: type              # called with the inputs by name
     lr: str                 # which option is its learning rate
-    inputs: tuple           # any of: pairs, ref_logps, beta, alpha, psi, teacher, answers
+    inputs: tuple           # any of INPUTS
     loss_at_start: object = None    # (loss, ids) -> what it must be at step 0, of each pair
+
+    def __post_init__(self):        # now, not after the training before it
+        if not set(self.inputs) <= set(INPUTS):
+            raise ValueError(f"inputs: expected some of {', '.join(INPUTS)}, got {self.inputs}")
 
     @property
     def needs_teacher(self):        # psi may also come with the pairs (--value=given)

@@ -342,6 +342,12 @@ def test_a_method_is_one_class_and_one_line(tmp_path, monkeypatch, capsys):
     assert "\n  ipo   " in capsys.readouterr().out
 
 
+def test_an_input_that_nobody_has_is_refused_at_once():
+    """Not by a KeyError after the teacher was trained."""
+    with pytest.raises(ValueError, match="inputs: expected some of pairs, ref_logps"):
+        train.Method(train.DPO, "lr", ("pairs", "ref_logp", "beta"))
+
+
 # --- real preferences ----------------------------------------------------------------------------
 
 @pytest.fixture
