@@ -204,12 +204,12 @@ def fit(start, loss, recipe, seed, loss_at_start=None, validate=None, progress=N
         first = torch.arange(min(len(loss), recipe.micro_batch or recipe.batch_size), device=device)
         check_start(loss, model, first, loss_at_start(loss, first))
     order = data.epochs(len(loss), recipe.batch_size, torch.Generator().manual_seed(seed))
-    behind = progress.go_on_from(model, optimizer)
-    for _ in range(behind):
+    steps_done = progress.go_on_from(model, optimizer)      # 0, unless the stage was interrupted
+    for _ in range(steps_done):
         next(order)
     model.train()
     with ctrl_c_held(bool(progress.partial)) as interrupted:
-        for step in range(behind + 1, recipe.steps + 1):
+        for step in range(steps_done + 1, recipe.steps + 1):
             ids = next(order)
             optimizer.zero_grad(set_to_none=True)
             total = gradient(model, network, loss, ids.to(device), recipe.micro_batch)

@@ -26,6 +26,7 @@ from harness import preferences
 from harness.options import parse_args
 from harness.preferences import LARGEST_VALUE, TEXTS, UNREADABLE, VALUES, load_pairs
 from harness.texts import load_task
+from small_run import SMALL
 
 REPEATS = 25
 CONFIG = parse_args(["--data=FILE", "--vocab_size=290", "--block_size=256", "--val_pairs=2",
@@ -412,12 +413,6 @@ def test_oddity_changes_no_text(kind, tmp_path, capsys):
 
 # --- the command line ----------------------------------------------------------------------------
 
-SMALL = ["--train_pairs=24", "--student_pairs=12", "--val_pairs=6", "--test_pairs=10",
-         "--batch_size=8", "--samples=2", "--max_new_tokens=12", "--teacher_layers=1",
-         "--teacher_width=16", "--student_layers=1", "--student_width=8", "--teacher_heads=2",
-         "--student_heads=2", "--teacher_sft_steps=4", "--teacher_dpo_steps=4",
-         "--student_sft_steps=4", "--steps=4", "--log_interval=1", "--eval_interval=2",
-         "--vocab_size=300", "--device=cpu"]
 NO_FILE = ": expected a readable JSONL file, got"
 NO_JSON, NO_PAIR = ": expected one JSON object", ": expected at least one"
 GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
