@@ -35,7 +35,7 @@ from harness.keep import Keep, refuse_inside
 from harness.options import in_bfloat16, parse_args, pick_device
 from harness.outcome import Outcome, exit_code
 from harness.preferences import load_pairs
-from harness.processes import is_first, rank_and_world, together
+from harness.processes import is_first, rank_and_world, together, two_at_once
 from harness.progress import Progress, ctrl_c_held
 from harness.table import Row
 from harness.texts import load_task
@@ -69,10 +69,7 @@ class Likelihood:
 
 @dataclass(frozen=True, eq=False)
 class KD:
-    """KL(teacher || student), a mean over the tokens of both responses.
-
-    The teacher is read in every step: its logits are V floats a token, too many to keep.
-    """
+    """KL(teacher || student), a mean over the tokens of both responses."""
     pairs: list
     teacher: GPT
 
@@ -83,7 +80,7 @@ class KD:
         rows = both_responses([self.pairs[i] for i in ids.tolist()])
         loss = n = 0
         for _, tokens, mask in batches(rows, part_size(rows), ids.device):
-            with torch.no_grad():
+            with torch.no_grad():       # in every step: V floats a token are too many to keep
                 teacher_logits = self.teacher(tokens)                           # (B, T+1, V)
             loss = loss + kd_loss(model(tokens), teacher_logits, mask) * mask.sum()
             n = n + mask.sum()
@@ -190,9 +187,8 @@ def fit(start, loss, recipe, seed, loss_at_start=None, validate=None, progress=N
 
     recipe: steps, lr, batch_size, micro_batch. AdamW with the learning rate of `schedule`.
     loss_at_start: a Method's, checked before the first step. validate(model) -> metrics, now and
-    then. progress: harness.progress.Progress, which logs and saves; `keep` passes it. Validating
-    and logging do not affect training: the order of batches has a generator of its own. Raises
-    FloatingPointError where loss or gradient is not finite.
+    then. progress: harness.progress.Progress, which logs and saves; `keep` passes it. Neither
+    affects training. Raises FloatingPointError where loss or gradient is not finite.
     """
     progress = progress or Progress()
     model = copy.deepcopy(start).requires_grad_(True)
@@ -237,26 +233,33 @@ def schedule(step, steps):
 def gradient(model, network, loss, ids, micro_batch):
     """Fill .grad of the model for the mean loss of the batch -> the sums of the loss over it.
 
-    network: the model, or what torchrun makes of it. Every process takes its share of the batch in
-    micro-batches of unequal numbers of pairs or tokens. Their sums add up to the gradient of the
-    whole batch; their means would not.
+    network: the model, or what torchrun makes of it. The sums over micro-batches of unequal size
+    add up to the gradient of the whole batch; their means would not.
     """
     rank, world = rank_and_world()
     micro_batches = world * math.ceil(len(ids) / (world * (micro_batch or len(ids))))
-    total = 0.0
-    for share in ids.tensor_split(micro_batches)[rank::world]:
-        # A process with no data runs one index with weight 0: the others wait for every process.
-        sums = loss(network, share if len(share) else ids[:1])
-        sums = {name: x * (len(share) > 0) for name, x in sums.items()}
-        sums["loss"].backward()
-        total = total + torch.stack([torch.as_tensor(x, dtype=torch.float32, device=ids.device)
-                                     .detach() for x in sums.values()])
+    if micro_batches == 1:      # two halves side by side; of three the sum would vary with time
+        sums = two_at_once(add_gradient, ids.tensor_split(2), ids.device, network, loss, ids)
+    else:
+        shares = ids.tensor_split(micro_batches)[rank::world]
+        sums = [add_gradient(network, loss, ids, share) for share in shares]
+    total = torch.stack([torch.stack(list(of_share.values())) for of_share in sums]).sum(0)
     if world > 1:
         torch.distributed.all_reduce(total)
-    total = dict(zip(sums, total.tolist()))
+    total = dict(zip(sums[0], total.tolist()))
     for parameter in model.parameters():
         parameter.grad *= world / total["n"]        # the network averaged over the processes
     return total
+
+
+def add_gradient(network, loss, ids, share):
+    """Add the gradient of the sum over `share`, a part of ids -> the sums over it."""
+    # A process with no data runs one index with weight 0: the others wait for every process.
+    sums = loss(network, share if len(share) else ids[:1])
+    sums = {name: torch.as_tensor(x, dtype=torch.float32, device=ids.device) * (len(share) > 0)
+            for name, x in sums.items()}
+    sums["loss"].backward()
+    return {name: x.detach() for name, x in sums.items()}
 
 
 def check_start(loss, model, ids, expected):
@@ -270,9 +273,8 @@ def check_start(loss, model, ids, expected):
     start, margin = sums["loss"] / sums["n"], sums["margin"].item() / sums["n"]
     grads = torch.autograd.grad(start, list(model.parameters()))
     norm, start = torch.stack([grad.norm() for grad in grads]).norm().item(), start.item()
-    is_ln_2 = " = ln 2" if abs(expected - math.log(2)) < 1e-6 else ""
-    print(f"  step 0 check on {len(ids)} pairs: loss {start:.4f}, expected {expected:.4f}"
-          f"{is_ln_2}; margin {margin:.1e}, expected 0; gradient norm {norm:.3g}, expected not 0")
+    print(f"  step 0 check on {len(ids)} pairs: loss {start:.4f}, expected {expected:.4f}; "
+          f"margin {margin:.1e}, expected 0; gradient norm {norm:.3g}, expected not 0")
     if not math.isfinite(start + norm):
         raise FloatingPointError("the step 0 check failed: expected a finite loss and gradient; "
                                  "the weights or psi are not finite")

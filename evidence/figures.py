@@ -12,9 +12,7 @@ LINES = ("dpo", "tvkd implicit/value", "kd", "dpo, teacher's soft labels", "sft"
 TITLES = {      # the figure's title, its x axis, whether that is logarithmic
     "alpha": ("Weight of the teacher's value", "alpha", False),
     "pairs": ("Pairs the student sees", "student's pairs (the teacher's: 3,000)", True),
-    "width": ("Size of the student", "channels of the student (the teacher's: 96)", True),
-    "noise": ("Label noise", "share of the student's labels turned round", False),
-    "length": ("Length of training", "steps", True)}
+    "noise": ("Label noise", "share of the student's labels turned round", False)}
 BARS = "true reward; bars: 95% interval of the difference to DPO"
 PANELS = {"full": "the teacher knows all", "facts": "facts alone", "manners": "manners alone",
           "contrary": "facts, bad manners"}

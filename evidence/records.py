@@ -14,14 +14,13 @@ from harness.table import interval
 CONTROLS = {"shuffled": "psi of other pairs", "plus": "plus sign", "beta": "beta / 2",
             "relabel": "teacher's labels", "soft": "teacher's soft labels",
             "mean": "mean of label and soft label", "evidence": "label and teacher as evidence"}
-SWEEPS = {"alpha": "alpha", "frontier": "beta", "pairs": "student_pairs", "width": "student_width",
-          "noise": "dose", "length": "steps"}
+SWEEPS = {"alpha": "alpha", "frontier": "beta", "pairs": "student_pairs", "noise": "dose"}
 
 NUMBERS = ("reward", "true_acc", "pref_acc", "kl", "length", "bytes", "vs_dpo", "acc_vs_dpo",
            "correlation", "agrees", "facts", "manners")
 WORD = {"n": "whole number", "psi": "number"}
 OPTIONS = {f"{name}?": "number"
-           for name in ("alpha", "beta", "gamma", "steps", "lr", "student_pairs", "student_width")}
+           for name in ("alpha", "beta", "gamma", "steps", "lr", "student_pairs")}
 RECORD = {
     "made": {"torch": "text", "python": "text", "machine": "text", "code?": "text"},
     "options": OPTIONS,

@@ -312,8 +312,7 @@ def seconds(task):
     if "data" in options:
         return 15
     few = min(1, options.get("student_pairs", 300) / 64)
-    width = max(1, options.get("student_width", 48) / 48)
-    training = STEP.get(cell.method, 0) * options.get("steps", Config.steps) * few * width
+    training = STEP.get(cell.method, 0) * options.get("steps", Config.steps) * few
     return training + MEASURE[cell.split]
 
 
@@ -326,7 +325,7 @@ def estimate(plan, jobs):
         for seed, cell in tasks:
             options = dict(cell.options)
             file = options.get("data")
-            new[seed, file, "student", options.get("student_width")] = SFT
+            new[seed, file, "student"] = SFT
             new[seed, file, "teacher"] = TEACHER
             if cell.teacher:
                 new[seed, file, cell.teacher] = TEACHER / 3         # its DPO alone

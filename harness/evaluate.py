@@ -1,5 +1,6 @@
 """The numbers of the table: sampled answers, true reward, accuracy on held-out pairs, KL."""
 
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 import data
 from harness.numbers import interval, landmarks
+from harness.processes import two_at_once
 from model import (batches, both_responses, cached_logps, cached_psi, cached_values, device_of,
                    evaluating)
 
@@ -53,24 +55,27 @@ def is_correct(margins):
     return (margins > 0) + 0.5 * (margins == 0)
 
 
-@torch.no_grad()
 def sample(model, prompts, eos, max_new_tokens, seed):
-    """One response at temperature 1 to each prompt of ids -> ids, with EOS where the model ended.
-
-    The generator is its own, so sampling never moves the order of training batches.
-    """
-    generator = torch.Generator(device_of(model)).manual_seed(seed)
-    config, responses = model.config, []
-    # As many rows at once as have keys and values of 1 GiB; at most 1,024.
+    """One response at temperature 1 to each prompt of ids -> ids, with EOS where one ended."""
+    config = model.config
+    # As many rows at once as have keys and values of 1 GiB; at most 1,024, and half of them.
     floats = 2 * config.n_layer * config.block_size * config.n_embd
-    at_once = min(1024, max(1, 2 ** 28 // floats))
-    for start in range(0, len(prompts), at_once):
-        batch = prompts[start:start + at_once]
-        answers = model.generate(batch, max_new_tokens, eos, generator=generator)
-        for prompt, ids in zip(batch, answers):
-            full = len(prompt) + len(ids) >= model.config.block_size
-            responses.append(ids if full or len(ids) == max_new_tokens else ids + [eos])
-    return responses
+    at_once = max(1, min(1024, 2 ** 28 // floats, math.ceil(len(prompts) / 2)))
+    groups = [(start, prompts[start:start + at_once]) for start in range(0, len(prompts), at_once)]
+    answers = two_at_once(answer, groups, device_of(model), model, eos, max_new_tokens, seed)
+    return sum(answers, [])
+
+
+def answer(model, eos, max_new_tokens, seed, group):
+    """`sample` for some of the prompts: group is (the first one's index, prompts)."""
+    start, prompts = group
+    # A generator of its own, so sampling never moves the order of training batches, and threads
+    # that sample at the same time do not take each other's numbers.
+    generator = torch.Generator(device_of(model)).manual_seed(seed + start)
+    responses = model.generate(prompts, max_new_tokens, eos, generator=generator)
+    full = [len(prompt) + len(ids) >= model.config.block_size or len(ids) == max_new_tokens
+            for prompt, ids in zip(prompts, responses)]
+    return [ids if is_full else ids + [eos] for ids, is_full in zip(responses, full)]
 
 
 def spoken(response, tokenizer):
@@ -78,20 +83,25 @@ def spoken(response, tokenizer):
     return tokenizer.decode([token for token in response if token != tokenizer.eot_token])
 
 
-@torch.no_grad()
 def policy_kl(model, ref, rows, batch_size):
     """KL(model || ref), nats per response: exact over the vocabulary, on the states of `rows`.
 
     rows: the model's own samples.
     """
-    total = 0.0
+    device = device_of(model)
     with evaluating(model):
-        for _, tokens, mask in batches(rows, batch_size, device_of(model)):
-            states = F.pad(mask, (0, 1))                                        # (B, T+1)
-            policy = F.log_softmax(model(tokens, states).float(), -1)           # (n, V)
-            reference = F.log_softmax(ref(tokens, states).float(), -1)
-            total += (policy.exp() * (policy - reference)).sum().item()
-    return total / len(rows)
+        sums = two_at_once(summed_kl, list(batches(rows, batch_size, device)), device, model, ref)
+    return sum(sums) / len(rows)
+
+
+@torch.no_grad()
+def summed_kl(model, ref, batch):
+    """The sum of KL(model || ref) over the states of a batch, nats."""
+    _, tokens, mask = batch
+    states = F.pad(mask, (0, 1))                                                # (B, T+1)
+    policy = F.log_softmax(model(tokens, states).float(), -1)                   # (n, V)
+    reference = F.log_softmax(ref(tokens, states).float(), -1)
+    return (policy.exp() * (policy - reference)).sum().item()
 
 
 def cached_margins(model, ref, beta, held_out):

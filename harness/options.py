@@ -102,7 +102,7 @@ class Config:
                           "measuring", with_data=1)
     max_new_tokens: int = option(48, "longest sampled response, in tokens", with_data=128)
     log_interval: int = option(20, "steps between two lines of the log", with_data=10)
-    eval_interval: int = option(20, "steps between two evaluations on the validation prompts")
+    eval_interval: int = option(30, "steps between two evaluations on the validation prompts")
 
     def recipe(self, steps, lr):
         """The Recipe of a stage, by the names of two options."""

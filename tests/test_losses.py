@@ -2,6 +2,8 @@
 
 import copy
 import math
+import threading
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from conftest import close
 from data import Example, Pair
 from harness.evaluate import is_correct, reward_margins
 from harness.options import Recipe
+from harness.processes import two_at_once
 from harness.progress import Progress
 from model import (GPT, GPTConfig, both_responses, cached_logps, cached_psi, cached_values, frozen,
                    score, summed_psi)
@@ -221,13 +224,20 @@ def test_parts_leave_the_loss_as_it_is(small, monkeypatch):
 
 
 def test_part_size_by_hand():
-    """12 rows of 1 to 12 ids, 78 in all, sorted. In 2 parts: 6 * (6 + 12) = 108 with padding; in 3:
-    4 * (4 + 8 + 12) = 96; in 4 (and 5): 3 * 30 = 90; in 6: 2 * 42 = 84, of which 78 is more than
-    nine tenths. Rows of one length take 2 parts.
+    """12 rows of n, 2n, ..., 12n ids, 78n in all, sorted, padded in parts.
+
+    n = 1: 12 * 12 = 144 in one part, 66 of them padding: less than 256. n = 10, 780 ids: 12 * 120 -
+    780 = 660 in one part, 6 * (60 + 120) - 780 = 300 in two, 4 * (40 + 80 + 120) - 780 = 180 in
+    three. n = 50, 3,900 ids: at least 1 + 3900 // 1500 = 3 parts; 4 * 1200 - 3900 = 900 there, 3 *
+    1500 - 3900 = 600 in four (and five), 2 * 2100 - 3900 = 300 in six, less than a tenth of 4,200.
+    Rows of one length: 12 * 124 = 1,488 ids stay together, 12 * 125 = 1,500 do not. Never more
+    than 8 parts.
     """
-    rows = [Example([1], [0] * n) for n in range(12)]
-    assert train.part_size(rows[6:] + rows[:6]) == 2
-    assert train.part_size(rows[:1] * 12) == 6
+    for n, size in ((1, 12), (10, 4), (50, 2)):
+        rows = [Example([1], [0] * (n * i - 1)) for i in range(1, 13)]
+        assert train.part_size(rows[6:] + rows[:6]) == size
+    for length, size in ((124, 12), (125, 6), (2000, 2)):
+        assert train.part_size([Example([1], [0] * (length - 1))] * 12) == size
 
 
 class Elsewhere:
@@ -331,13 +341,67 @@ def test_clipping_and_no_weight_decay_by_hand():
 
 
 def test_the_seed_orders_the_batches():
-    """Batches of 2 of 5 indices in the order of data.epochs: what one epoch and a half reads."""
+    """Batches of 2 of 5 indices in the order of data.epochs: what two and a half epochs read, one
+    index at a time."""
     for seed in (0, 1):
         seen = []
         loss = Noting([1.0] * 5, seen)
-        fit(one_weight(), loss, Recipe(5, 0.1, 2, 0), seed)
+        fit(one_weight(), loss, Recipe(5, 0.1, 2, micro_batch=1), seed)
         order = data.epochs(5, 2, torch.Generator().manual_seed(seed))
-        assert seen == [next(order).tolist() for _ in range(5)]
+        assert sum(seen, []) == sum((next(order).tolist() for _ in range(5)), [])
+
+
+class Waiting(Slopes):
+    """Slopes that wait until `begun` shares have begun, and note them with their threads."""
+
+    def __init__(self, slopes, begun):
+        super().__init__(slopes)
+        self.barrier, self.seen = threading.Barrier(begun), []
+
+    def __call__(self, model, ids):
+        self.barrier.wait(timeout=60)
+        self.seen.append((ids.tolist(), torch.get_num_threads(), threading.get_ident()))
+        return super().__call__(model, ids)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_two_halves_side_by_side_by_hand(threads):
+    """Slopes 8, 1, 1, 2 as 8 + 1 and 1 + 2: gradient 12 / 4 = 3 however many threads there are. On
+    two, each half has one and waits for the other to have begun; on five, two."""
+    before, loss = torch.get_num_threads(), Waiting([8.0, 1, 1, 2], min(2, threads))
+    torch.set_num_threads(threads)
+    try:
+        model = one_weight(0.5)
+        total = gradient(model, model, loss, torch.arange(4), 0)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert total == {"loss": 6.0, "n": 4, "tokens": 40} and model.weight.grad.item() == 3.0
+    halves, each, who = zip(*sorted(loss.seen))
+    assert halves == ([0, 1], [2, 3]) and each == (max(1, threads // 2),) * 2
+    assert len(set(who)) == min(2, threads)
+
+
+def test_an_error_in_one_half_waits_for_the_other():
+    """Whichever half fails, the error comes through, the other half has ended and the number of
+    threads is what it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for bad, good in (("first", "second"), ("second", "first")):
+            ended = []
+            with pytest.raises(ValueError, match="half"):
+                two_at_once(fail_at, ["first", "second"], torch.device("cpu"), bad, ended)
+            assert ended == [good] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def fail_at(bad, ended, item):
+    if item == bad:
+        raise ValueError("half")
+    time.sleep(0.05)
+    ended.append(item)
 
 
 def test_training_moves_the_policy_alone(small):

@@ -88,11 +88,11 @@ def test_memory_by_hand():
     """2 rows of 4 tokens, half scored, one layer of 2 channels and one head, 3 ids.
 
     6 + 8 + (8 + 18 + 6 + 24 + 18) + 4 = 92 parameters; a token keeps 16 * 2 + 1 + 4 floats in the
-    layer and 2 for its id, a scored one 3 + 2 * 2 + 12; a part is one row.
+    layer and 2 for its id, a scored one 3 + 2 * 2 + 12; both rows are one part.
     """
     computed = bench.training_bytes(GPTConfig(3, 4, 1, 1, 2), 2, 4, 0.5, others=10)
     assert computed == {"weights": 16 * 92, "others": 40, "activations": 4 * 8 * 39,
-                        "head": 4 * 4 * 19, "spare": 3 * 4 * 2 * 3}
+                        "head": 4 * 4 * 19, "spare": 3 * 4 * 4 * 3}
 
 
 def test_saved_and_peak_bytes_by_hand():
