@@ -268,13 +268,20 @@ def of_padding(path):
     with redirect_stdout(io.StringIO()):
         pairs = load_task(config, config.seed, load_pairs(path)).ids.train
     order = data.epochs(len(pairs), config.batch_size, torch.Generator().manual_seed(config.seed))
-    epoch = [both_responses([pairs[i] for i in ids.tolist()])
-             for ids in itertools.islice(order, math.ceil(len(pairs) / config.batch_size))]
-    in_parts, whole = (1 - sum(map(tokens_in, epoch)) / sum(
-        tokens.numel() for rows in epoch for _, tokens, _ in batches(rows, size(rows), CPU))
-        for size in (part_size, len))
+    epoch = list(itertools.islice(order, math.ceil(len(pairs) / config.batch_size)))
+    halves = [half for ids in epoch for half in ids.tensor_split(2) if len(half)]
+    in_parts, whole = (padding(pairs, shares, size)
+                       for shares, size in ((halves, part_size), (epoch, len)))
     yield ("padding_waste", in_parts, f"share of padding in what a model reads in an epoch of DPO "
            f"on {len(pairs)} pairs, {config.batch_size} to a batch; without parts {whole:.2f}")
+
+
+def padding(pairs, shares, size):
+    """Share of padding where `shares`, tensors of indices of pairs, are read size(rows) at once."""
+    of_shares = [both_responses([pairs[i] for i in ids.tolist()]) for ids in shares]
+    read = sum(tokens.numel() for rows in of_shares
+               for _, tokens, _ in batches(rows, size(rows), CPU))
+    return 1 - sum(map(tokens_in, of_shares)) / read
 
 
 # --------------------------------------------------------------------------------------------------
@@ -382,7 +389,10 @@ SMALL, MEDIUM = GPTConfig(50257, 1024, 12, 12, 768), GPTConfig(50257, 1024, 24, 
 
 
 def sizes():
-    """Lines of a table: computed memory of the teacher's DPO and of the last student's TVKD."""
+    """Lines of a table: computed memory of the teacher's DPO and of the last student's TVKD.
+
+    Pairs at once: --micro_batch, or without it half a batch (on two threads of a CPU a whole one).
+    """
     toy = Config()
     toys = [GPTConfig(toy.vocab_size, toy.block_size, *(
         getattr(toy, f"{who}_{size}") for size in ("layers", "heads", "width")))
@@ -429,7 +439,8 @@ def of_large(device, quick):
     [[training]] = in_turn(1, step)
     peak = resident_bytes(device) - before
     others = 2 * count(medium) + count(small)
-    computed = sum(training_bytes(small, len(rows), T, 0.5, others).values())
+    at_once = len(rows) if torch.get_num_threads() > 1 else len(rows) // 2
+    computed = sum(training_bytes(small, at_once, T, 0.5, others).values())
     where = f"8 pairs, rows of {T} tokens, on {device}, {torch.get_num_threads()} threads"
     yield "large_step", training, f"seconds of a TVKD step of a GPT-2 small student; {where}"
     yield "large_values", precomputing, f"seconds of the values of a GPT-2 medium teacher; {where}"

@@ -31,46 +31,6 @@ SWEPT = {"alpha": "alpha", "beta": "beta",
          "dose": "share of the student's labels turned round"}
 HEADINGS = {"full": "all", "facts": "facts", "manners": "manners", "contrary": "facts, bad manners"}
 
-# Sections that docs/results.md gets as soon as there is a record: before which heading, and what.
-SECTIONS = {
-    "knowledge": ("## Controls", """## What the teacher does not know
-
-The teacher's pairs are labelled by a part of the true reward, with draws of its own. The student's
-300 labels and the true reward stay the full one. Every method has 60 steps and a learning rate of
-three, chosen on validation prompts under the teacher of facts for all four (`python -m evidence.run
-knowledge`, 12 seeds). Difference to DPO by what the teacher was taught:
-
-<!-- knowledge -->
-<!-- /knowledge -->
-
-![Difference to DPO of every method, for four teachers](knowledge.svg)
-
-True reward = facts + manners, and the KL to the reference:
-
-<!-- parts -->
-<!-- /parts -->
-
-"""),
-    "unseen": ("## Against KL distillation", """### Pairs that the teacher never saw
-
-The usual teacher has seen the student's pairs. This one was trained without them (`python -m
-evidence.run unseen`):
-
-<!-- unseen -->
-<!-- /unseen -->
-
-"""),
-    "released": ("## Real text", """## Forms of the released code
-
-[Formulas](released-code.md) of the released code on this task, over the full vocabulary, with both
-signs (`python -m evidence.run released`). This is what a formula does here and says nothing about
-the authors' results.
-
-<!-- released -->
-<!-- /released -->
-
-""")}
-
 
 # --------------------------------------------------------------------------------------------------
 # Tables
@@ -274,21 +234,12 @@ def filled(text, texts, where):
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", replacement, text, flags=re.DOTALL)
 
 
-def with_sections(text, records):
-    """docs/results.md with the sections of SECTIONS whose record there is."""
-    for name, (heading, section) in SECTIONS.items():
-        if name in records and f"<!-- {name} -->" not in text:
-            text = text.replace(f"\n{heading}\n", f"\n{section}{heading}\n", 1)
-    return text
-
-
 def rebuild(root=ROOT):
     """Rewrite the documents and figures under `root` from the records there."""
     records = load(root / "evidence" / "results")
     texts, files = {**tables(records), "cost": cost(records)}, {}
     for name in DOCS:
         text = (root / name).read_text(encoding="utf-8")
-        text = with_sections(text, records) if name == DOCS[0] else text
         files[name] = filled(text, texts, name)
     files |= {f"docs/{name}.svg": svg for name, svg in figures(records).items()}
     for name, text in files.items():

@@ -226,14 +226,13 @@ def test_parts_leave_the_loss_as_it_is(small, monkeypatch):
 def test_part_size_by_hand():
     """12 rows of n, 2n, ..., 12n ids, 78n in all, sorted, padded in parts.
 
-    n = 1: 12 * 12 = 144 in one part, 66 of them padding: less than 256. n = 10, 780 ids: 12 * 120 -
-    780 = 660 in one part, 6 * (60 + 120) - 780 = 300 in two, 4 * (40 + 80 + 120) - 780 = 180 in
-    three. n = 50, 3,900 ids: at least 1 + 3900 // 1500 = 3 parts; 4 * 1200 - 3900 = 900 there, 3 *
-    1500 - 3900 = 600 in four (and five), 2 * 2100 - 3900 = 300 in six, less than a tenth of 4,200.
-    Rows of one length: 12 * 124 = 1,488 ids stay together, 12 * 125 = 1,500 do not. Never more
-    than 8 parts.
+    78n of 144n in one part, of 6n (6 + 12) = 108n in two, of 4n (4 + 8 + 12) = 96n in three, of 90n
+    in four (and five), of 2 * 42n = 84n in six: more than nine tenths, whatever n. Rows of 9 to 12
+    ids: 42 of 48, and of 2 (10 + 12) = 44 in two. Rows of one length: 12 * 124 = 1,488 ids stay
+    together, 12 * 125 = 1,500 do not. Never more than 8 parts.
     """
-    for n, size in ((1, 12), (10, 4), (50, 2)):
+    assert train.part_size([Example([1], [0] * (n - 1)) for n in (12, 9, 10, 11)]) == 2
+    for n, size in ((1, 2), (10, 2), (50, 2)):
         rows = [Example([1], [0] * (n * i - 1)) for i in range(1, 13)]
         assert train.part_size(rows[6:] + rows[:6]) == size
     for length, size in ((124, 12), (125, 6), (2000, 2)):

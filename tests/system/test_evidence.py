@@ -661,8 +661,8 @@ def test_every_table_and_figure_can_be_drawn(invented):
     assert tables.cost(made).startswith(f"{len(unique):,} cells took {len(unique)} minutes")
 
 
-def test_sections_appear_with_their_records(invented, tmp_path):
-    """Each is inserted once, before its heading, and filled."""
+def test_the_documents_are_filled_from_the_records(invented, tmp_path):
+    """Every mark of both documents stands for a record, and all tables come from it."""
     root = copy_of_documents(tmp_path)
     for name, record in invented[0].items():
         path = root / "evidence" / "results" / f"{name}.json"
@@ -671,14 +671,6 @@ def test_sections_appear_with_their_records(invented, tmp_path):
     results = (root / "docs" / "results.md").read_text(encoding="utf-8")
     assert "<!-- knowledge -->\n| what the teacher was taught | all | facts |" in results
     assert "minus DPO, teacher taught facts |" in (root / "README.md").read_text(encoding="utf-8")
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    for name, (heading, _) in tables.SECTIONS.items():
-        assert f"\n{heading}\n" in text, heading
-    once = tables.with_sections(text, invented[0])
-    assert tables.with_sections(once, invented[0]) == once
-    for name, (heading, section) in tables.SECTIONS.items():
-        assert once.count(f"<!-- {name} -->") == 1
-        assert once.index(section.splitlines()[0]) < once.index(f"\n{heading}\n")
 
 
 def test_knowledge_by_hand(invented):
