@@ -82,4 +82,5 @@ def together(device):
     with open(os.devnull, "w", encoding="utf-8") as nowhere, \
             nullcontext() if is_first() else redirect_stdout(nowhere):
         yield device
+    in_all(True)                        # nobody leaves while another one is at work
     dist.destroy_process_group()        # not after an error: the others may never answer
