@@ -108,16 +108,20 @@ def sweep_table(record, option, keys):
 
 
 def distance(record):
-    """Soft labels against tvkd at four times the beta, where both have gone about as far."""
+    """Soft labels against tvkd at the beta whose mean KL is nearest, if within a factor of 1.5."""
     at = grouped(record["rows"], lambda row: (plain_name(row), option_of(row, "beta", record)))
-    soft, tvkd, lines = "dpo, teacher's soft labels", "tvkd implicit/value", []
-    for beta in sorted(beta for name, beta in at if name == soft and (tvkd, 4 * beta) in at):
-        left, right = ({row["seed"]: row for row in at[name, b]}
-                       for name, b in ((soft, beta), (tvkd, 4 * beta)))
-        gaps = [left[seed]["reward"] - right[seed]["reward"] for seed in left]
-        lines.append([f"soft labels at {beta:g}, tvkd at {4 * beta:g}",
-                      *(cell(list(rows.values()), "kl", ".2f") for rows in (left, right)),
-                      mean_text(gaps, "+.2f")])
+    kl = {key: summary(rows, "kl")[0] for key, rows in at.items()}
+    lines = []
+    for key in sorted(key for key in at if key[0] == "dpo, teacher's soft labels"):
+        ratios = {other: max(kl[key] / kl[other], kl[other] / kl[key]) for other in at
+                  if other[0] == "tvkd implicit/value"}
+        nearest = min(ratios, key=ratios.get)
+        if ratios[nearest] <= 1.5:
+            left, right = ({row["seed"]: row for row in at[x]} for x in (key, nearest))
+            gaps = [left[seed]["reward"] - right[seed]["reward"] for seed in left]
+            lines.append([f"soft labels at {key[1]:g}, tvkd at {nearest[1]:g}",
+                          *(cell(at[x], "kl", ".2f") for x in (key, nearest)),
+                          mean_text(gaps, "+.2f")])
     return markdown(["beta", "KL, soft labels", "KL, tvkd", "soft labels minus tvkd"], lines)
 
 
