@@ -359,7 +359,7 @@ def test_every_method_has_the_same_tries(name):
         setting = options.pop("steps", 60), options.pop("lr", None)
         tries.setdefault((cell[:5], cell.teacher, str(options)), []).append(setting)
     grids = set(map(tuple, tries.values()))
-    assert len(grids) == 1 and len(grids.pop()) == {"tune": 6, "tune_knowledge": 3}.get(name, 4)
+    assert len(grids) == 1 and len(grids.pop()) == (6 if name == "tune" else 3)
     assert all(cell.split == "val" for cell in planned.cells)
     assert not set(planned.seeds) & {*cells.SEEDS, *cells.KNOWLEDGE_SEEDS, *cells.SWEEP_SEEDS}
 
