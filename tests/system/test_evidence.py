@@ -612,8 +612,8 @@ def test_comparison_by_hand():
 
 
 def test_equal_distance_by_hand():
-    """Soft labels at beta 1 (KL 0.8) against tvkd at beta 4 (1.1 = 1.375 * 0.8), seed by seed: 5 - 3
-    = 2 and 6 - 4 = 2. At beta 2 (KL 0.7) the nearest has 1.1 = 1.57 * 0.7: too far."""
+    """Soft labels at beta 1 (KL 0.8) against tvkd at beta 4 (1.1 = 1.375 * 0.8), seed by seed: 5 -
+    3 = 2 and 6 - 4 = 2. At beta 2 (KL 0.7) the nearest has 1.1 = 1.57 * 0.7: too far."""
     rows = [{**cells.as_row(with_options(cell, beta=beta)), "seed": seed, "reward": reward + seed,
              "kl": kl} for cell, beta, reward, kl in ((cells.SOFT, 1.0, 5.0, 0.8),
                                                       (cells.SOFT, 2.0, 4.0, 0.7),
