@@ -239,7 +239,8 @@ def gradient(model, network, loss, ids, micro_batch):
     rank, world = rank_and_world()
     micro_batches = world * math.ceil(len(ids) / (world * (micro_batch or len(ids))))
     if micro_batches == 1:      # two halves side by side; of three the sum would vary with time
-        sums = two_at_once(add_gradient, ids.tensor_split(2), ids.device, network, loss, ids)
+        halves = ids.tensor_split(min(2, torch.get_num_threads()))
+        sums = two_at_once(add_gradient, halves, ids.device, network, loss, ids)
     else:
         shares = ids.tensor_split(micro_batches)[rank::world]
         sums = [add_gradient(network, loss, ids, share) for share in shares]

@@ -110,15 +110,15 @@ def with_threads(n, function):
 class Step:
     """A training step as train.fit takes it, always of the same batch: gradient, clip, AdamW."""
 
-    def __init__(self, model, loss, n):
-        self.model, self.loss = model, loss
+    def __init__(self, model, loss, n, gradient=train.gradient):
+        self.model, self.loss, self.gradient = model, loss, gradient
         self.ids = torch.arange(n, device=scoring.device_of(model))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95),
                                            weight_decay=0.0, fused=True)
 
     def __call__(self):
         self.optimizer.zero_grad(set_to_none=True)
-        train.gradient(self.model, self.model, self.loss, self.ids, 0)
+        self.gradient(self.model, self.model, self.loss, self.ids, 0)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         if self.ids.is_cuda:
@@ -140,10 +140,11 @@ def dpo_and_tvkd(pairs):
 
 def uncached_dpo(ref, pairs, model, ids):
     """DPO's loss as it is without a cache: the reference scores the batch in every step."""
-    rows = both_responses(pairs)
+    of_batch = [pairs[i] for i in ids.tolist()]
+    rows = both_responses(of_batch)
     with torch.no_grad():
         ref_logps = response_logps(ref, rows, part_size(rows)).view(2, -1)
-    return DPO(pairs, ref_logps, 1.0)(model, ids)
+    return DPO(of_batch, ref_logps, 1.0)(model, torch.arange(len(of_batch)))
 
 
 def plain_lm(rows, model, ids):
@@ -153,11 +154,17 @@ def plain_lm(rows, model, ids):
     return {"loss": loss, "n": 1, "tokens": tokens_in(rows)}
 
 
+def whole_gradient(model, network, loss, ids, micro_batch):
+    """`train.gradient` of a loss that reads the whole batch at once."""
+    loss(network, ids)["loss"].backward()
+
+
 def of_a_step(student, pairs, repeats):
     """What a step costs beside another step on the same pairs."""
-    losses = (*dpo_and_tvkd(pairs), partial(uncached_dpo, frozen(student), pairs),
-              partial(plain_lm, both_responses(pairs)))
-    dpo, tvkd, uncached, plain = (Step(deepcopy(student), loss, len(pairs)) for loss in losses)
+    losses = *dpo_and_tvkd(pairs), partial(uncached_dpo, frozen(student), pairs)
+    dpo, tvkd, uncached = (Step(deepcopy(student), loss, len(pairs)) for loss in losses)
+    plain = Step(deepcopy(student), partial(plain_lm, both_responses(pairs)), len(pairs),
+                 whole_gradient)
     yield ("tvkd_over_dpo_step", ratio(3 * repeats, tvkd, dpo),
            "a TVKD step of the student over a DPO step")
     yield ("dpo_cached_over_uncached", ratio(repeats, dpo, uncached), "a DPO step of the student "
@@ -177,9 +184,10 @@ def of_two_threads(config, student, teacher, ids, n, repeats):
               ("student's TVKD", config.steps, student, tvkd),
               ("not counted: a language-model step of the student", 0, student,
                partial(plain_lm, both_responses(pairs))))
+    gradients = [train.gradient] * 4 + [whole_gradient]
     totals, gains = [0.0, 0.0], []
-    for name, steps, model, loss in stages:
-        step = Step(deepcopy(model), loss, n)
+    for (name, steps, model, loss), gradient in zip(stages, gradients):
+        step = Step(deepcopy(model), loss, n, gradient)
         times = medians(repeats, *(partial(with_threads, k, step) for k in (1, 2)))
         totals = [total + steps * time for total, time in zip(totals, times)]
         gains.append(f"{name} {times[0] / times[1]:.2f}")
@@ -355,31 +363,26 @@ def peak_of_gradient(model, loss, n, score=score, part_size=part_size):
 
 
 def of_memory(teacher, pairs, quick):
-    """What is counted, on one thread, which takes the halves of a batch in turn."""
+    """What is counted, on one thread."""
     rows = both_responses(pairs)
     values = cached_values("implicit", teacher, teacher, rows, 1.0, len(rows))
     yield ("teacher_bytes_per_token", sum(value.nbytes for value in values) / tokens_in(rows),
            "stored of the teacher's values for a token of a pair")
     V, T, B, C = (5000, 32, 6, 8) if quick else (50257, 128, 6, 64)
     model, (loss, _) = GPT(GPTConfig(V, T, 1, 4, C)), dpo_and_tvkd(random_pairs(B, T, V))
-    ours, parts = (peak_of_gradient(model, loss, B, *changes)
-                   for changes in ((), (score_everywhere,)))
-    with patch.object(scoring, "score", score_everywhere), patch.object(train, "part_size", len):
-        whole = peak_bytes(lambda: loss(model, torch.arange(B))["loss"].backward())
-    yield ("head_memory_ratio", ours / whole, "peak memory of a DPO gradient on one thread, half "
-           "a batch at a time, over that of the whole batch with log_softmax at every position; "
-           f"rows half response, V = {V:,}; over the same in halves {ours / parts:.2f}; two "
-           "threads keep both halves")
+    ours, parts, whole = (peak_of_gradient(model, loss, B, *changes)
+                          for changes in ((), (score_everywhere,), (score_everywhere, len)))
+    yield ("head_memory_ratio", ours / whole, "peak memory of a DPO gradient over that with "
+           f"log_softmax at every position of the batch, rows half response, V = {V:,}; over the "
+           f"same in parts {ours / parts:.2f}")
     errors, peaks = [], []
     for sizes in ((512, 64, 2, 4, 48), (512, 128, 4, 8, 128), (20000, 64, 2, 4, 64)):
         model, pairs = GPT(GPTConfig(*sizes)), random_pairs(6, sizes[1], sizes[0])
         loss, _ = dpo_and_tvkd(pairs)
-        computed = training_bytes(model.config, 6, sizes[1], 0.5)
+        computed = training_bytes(model.config, 12, sizes[1], 0.5)
         saved = computed["activations"] + computed["head"]
-        errors.append(abs(saved / saved_bytes(model, partial(loss, model, torch.arange(3))) - 1))
-        # One thread takes a half of 3 pairs in turn, the second beside the first one's gradient.
-        peak = saved + computed["spare"] + 4 * count(model.config)
-        peaks.append(abs(peak / peak_of_gradient(model, loss, 6) - 1))
+        errors.append(abs(saved / saved_bytes(model, partial(loss, model, torch.arange(6))) - 1))
+        peaks.append(abs((saved + computed["spare"]) / peak_of_gradient(model, loss, 6) - 1))
     yield ("memory_formula_error", max(errors + peaks), "of training_bytes: from what autograd "
            f"keeps of a step {max(errors):.3f}, from its peak {max(peaks):.3f}, the largest of "
            f"{len(errors)} models")
@@ -391,7 +394,7 @@ SMALL, MEDIUM = GPTConfig(50257, 1024, 12, 12, 768), GPTConfig(50257, 1024, 24, 
 def sizes():
     """Lines of a table: computed memory of the teacher's DPO and of the last student's TVKD.
 
-    Pairs at once: --micro_batch, or without it half a batch (on two threads of a CPU a whole one).
+    Pairs at once: --micro_batch, or without it half a batch (on a CPU a whole one).
     """
     toy = Config()
     toys = [GPTConfig(toy.vocab_size, toy.block_size, *(
@@ -439,8 +442,7 @@ def of_large(device, quick):
     [[training]] = in_turn(1, step)
     peak = resident_bytes(device) - before
     others = 2 * count(medium) + count(small)
-    at_once = len(rows) if torch.get_num_threads() > 1 else len(rows) // 2
-    computed = sum(training_bytes(small, at_once, T, 0.5, others).values())
+    computed = sum(training_bytes(small, len(rows), T, 0.5, others).values())
     where = f"8 pairs, rows of {T} tokens, on {device}, {torch.get_num_threads()} threads"
     yield "large_step", training, f"seconds of a TVKD step of a GPT-2 small student; {where}"
     yield "large_values", precomputing, f"seconds of the values of a GPT-2 medium teacher; {where}"
