@@ -368,7 +368,7 @@ def of_memory(teacher, pairs, quick):
     values = cached_values("implicit", teacher, teacher, rows, 1.0, len(rows))
     yield ("teacher_bytes_per_token", sum(value.nbytes for value in values) / tokens_in(rows),
            "stored of the teacher's values for a token of a pair")
-    V, T, B, C = (5000, 32, 6, 8) if quick else (50257, 128, 6, 64)
+    V, T, B, C = (5000, 128, 6, 8) if quick else (50257, 128, 6, 64)
     model, (loss, _) = GPT(GPTConfig(V, T, 1, 4, C)), dpo_and_tvkd(random_pairs(B, T, V))
     ours, parts, whole = (peak_of_gradient(model, loss, B, *changes)
                           for changes in ((), (score_everywhere,), (score_everywhere, len)))

@@ -365,8 +365,8 @@ class Waiting(Slopes):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_two_halves_side_by_side_by_hand(threads):
-    """Slopes 8, 1, 1, 2 as 8 + 1 and 1 + 2: gradient 12 / 4 = 3. On two threads each half has one and
-    waits for the other to have begun; on five, two. One thread takes the whole batch."""
+    """Slopes 8, 1, 1, 2 as 8 + 1 and 1 + 2: gradient 12 / 4 = 3. On two threads each half has one
+    and waits for the other to have begun; on five, two. One thread takes the whole batch."""
     before, loss = torch.get_num_threads(), Waiting([8.0, 1, 1, 2], min(2, threads))
     torch.set_num_threads(threads)
     try:
