@@ -284,8 +284,8 @@ def batches(rows, batch_size, device):
 def part_size(rows):
     """How many rows of a batch to pass through the model at once: same loss, less padding.
 
-    At most eight parts, sorted by length, of some 1,500 tokens, for more at once run no faster;
-    the fewest that keep the padding within a tenth.
+    The rows, sorted by length, are cut into at most eight parts: the fewest of up to some 1,500
+    tokens each (more at once run no faster) that keep the padding within a tenth.
     """
     lengths = sorted(len(row.prompt) + len(row.response) for row in rows)
     for parts in range(min(8, 1 + sum(lengths) // 1500), 9):

@@ -187,8 +187,8 @@ def fit(start, loss, recipe, seed, loss_at_start=None, validate=None, progress=N
 
     recipe: steps, lr, batch_size, micro_batch. AdamW with the learning rate of `schedule`.
     loss_at_start: a Method's, checked before the first step. validate(model) -> metrics, now and
-    then. progress: harness.progress.Progress, which logs and saves; `keep` passes it. Neither
-    affects training. Raises FloatingPointError where loss or gradient is not finite.
+    then. progress: harness.progress.Progress, which logs and saves; `keep` passes it. Neither of
+    the two affects training. Raises FloatingPointError where loss or gradient is not finite.
     """
     progress = progress or Progress()
     model = copy.deepcopy(start).requires_grad_(True)
@@ -238,7 +238,7 @@ def gradient(model, network, loss, ids, micro_batch):
     """
     rank, world = rank_and_world()
     micro_batches = world * math.ceil(len(ids) / (world * (micro_batch or len(ids))))
-    if micro_batches == 1:      # two halves side by side; of three the sum would vary with time
+    if micro_batches == 1:      # two halves at once; three would add up in varying order
         halves = ids.tensor_split(min(2, torch.get_num_threads()))
         sums = two_at_once(add_gradient, halves, ids.device, network, loss, ids)
     else:

@@ -178,16 +178,16 @@ def of_two_threads(config, student, teacher, ids, n, repeats):
     """What the second thread gains in the steps of the quickstart."""
     pairs, sft = ids.train[:n], Likelihood([[row] for row in ids.sft[:n]])
     dpo, tvkd = dpo_and_tvkd(pairs)
+    plain = partial(plain_lm, both_responses(pairs))
     stages = (("teacher's fine-tuning", config.teacher_sft_steps, teacher, sft),
               ("teacher's DPO", config.teacher_dpo_steps, teacher, dpo),
               ("student's fine-tuning", config.student_sft_steps, student, sft),
               ("student's TVKD", config.steps, student, tvkd),
-              ("not counted: a language-model step of the student", 0, student,
-               partial(plain_lm, both_responses(pairs))))
-    gradients = [train.gradient] * 4 + [whole_gradient]
+              ("not counted: a language-model step of the student", 0, student, plain,
+               whole_gradient))
     totals, gains = [0.0, 0.0], []
-    for (name, steps, model, loss), gradient in zip(stages, gradients):
-        step = Step(deepcopy(model), loss, n, gradient)
+    for name, steps, model, loss, *gradient in stages:
+        step = Step(deepcopy(model), loss, n, *gradient)
         times = medians(repeats, *(partial(with_threads, k, step) for k in (1, 2)))
         totals = [total + steps * time for total, time in zip(totals, times)]
         gains.append(f"{name} {times[0] / times[1]:.2f}")

@@ -134,9 +134,9 @@ def forest(record):
     high = max(0, *(mean + (half or 0) for mean, half in points.values()))
     parts, bottom = [], 50 + 18 * len(names)
     for j, name in enumerate(names):
-        parts.append(f'<text class="right" x="172" y="{58 + 18 * j}">{escape(name)}</text>')
+        parts.append(f'<text class="right" x="190" y="{58 + 18 * j}">{escape(name)}</text>')
     for i, teacher in enumerate(TEACHERS):
-        left = 184 + 152 * i
+        left = 202 + 152 * i
         x = scale(low, high, left, left + 122)
         parts.append(f'<text x="{left}" y="36">{PANELS[teacher]}</text>'
                      f'<path d="M{x(0):.1f} 44V{bottom}"/>')
@@ -148,7 +148,7 @@ def forest(record):
                 if half else ""
             parts.append(f'<g style="color:{COLOURS[j % len(COLOURS)]}">{bar}'
                          f'<circle cx="{x(mean):.1f}" cy="{54 + 18 * j}" r="3"/></g>')
-    return svg(796, bottom + 24, "True reward minus DPO, by what the teacher was taught", parts)
+    return svg(814, bottom + 24, "True reward minus DPO, by what the teacher was taught", parts)
 
 
 def sweep_figure(record, name):

@@ -30,6 +30,17 @@ SWEPT = {"alpha": "alpha", "beta": "beta",
          "student_pairs": "student's pairs (the teacher's: 3,000)",
          "dose": "share of the student's labels turned round"}
 HEADINGS = {"full": "all", "facts": "facts", "manners": "manners", "contrary": "facts, bad manners"}
+# Which methods are compared with each other: record, teacher, minuend, subtrahend.
+TVKD, SOFT = "tvkd implicit/value", "dpo, teacher's soft labels"
+UNSEEN, NOISE = "pairs unseen by the teacher", "turned round"
+BETWEEN = (*(("main", "", left, right) for left, right in (
+    ("kd", TVKD), (SOFT, TVKD), ("bc", TVKD), ("dpo, teacher's labels", TVKD), ("kd, top 1", TVKD),
+    ("kd, top 1", "kd"), ("kd+dpo", "kd"), ("kd+tvkd", "kd"), ("kd+tvkd", "kd+dpo"),
+    (TVKD, f"{TVKD}, psi of other pairs"))),
+    *(("noise", "", f"{SOFT}, {share} {NOISE}", f"{TVKD}, {share} {NOISE}")
+      for share in ("20%", "40%")),
+    ("unseen", "unseen", f"{SOFT}, {UNSEEN}", f"{TVKD}, {UNSEEN}"),
+    ("knowledge", "facts", "kd", TVKD), ("knowledge", "facts", SOFT, TVKD))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,8 +118,38 @@ def sweep_table(record, option, keys):
                     lines)
 
 
+def gap(left, right):
+    """Rows of two models -> the mean difference of their true rewards, paired by seed."""
+    rewards = [{row["seed"]: row["reward"] for row in rows} for rows in (left, right)]
+    return mean_text([x - rewards[1][seed] for seed, x in rewards[0].items()], "+.2f")
+
+
+def between(records):
+    """A line a pair of methods: the difference of their true rewards, seed by seed."""
+    lines = []
+    for name, teacher, left, right in BETWEEN:
+        if name in records:
+            of_teacher = [row for row in records[name]["rows"]
+                          if not teacher or row.get("teacher") == teacher]
+            groups = grouped(of_teacher)
+            title = f"{name}, taught {HEADINGS[teacher]}" if teacher in HEADINGS else name
+            lines.append([left, right, title, gap(groups[left], groups[right])])
+    return markdown(["method", "minus", "record", "true reward"], lines)
+
+
+def unseen(record):
+    """A line a method: the difference to DPO, under the usual teacher and under the other one."""
+    groups, lines = grouped(record["rows"]), []
+    for name, rows in groups.items():
+        other = groups.get(f"{name}, {UNSEEN}")
+        if other:
+            lines.append([name, *(cell(x, "vs_dpo", "+.2f") for x in (rows, other))])
+    return markdown(["minus DPO", "usual teacher", UNSEEN], lines)
+
+
 def distance(record):
-    """Soft labels against tvkd at the beta whose mean KL is nearest, if within a factor of 1.5."""
+    """Soft labels against tvkd at the same beta, and at the beta whose mean KL is nearest, if it is
+    within a factor of 1.5."""
     at = grouped(record["rows"], lambda row: (plain_name(row), option_of(row, "beta", record)))
     kl = {key: summary(rows, "kl")[0] for key, rows in at.items()}
     lines = []
@@ -116,12 +157,11 @@ def distance(record):
         ratios = {other: max(kl[key] / kl[other], kl[other] / kl[key]) for other in at
                   if other[0] == "tvkd implicit/value"}
         nearest = min(ratios, key=ratios.get)
-        if ratios[nearest] <= 1.5:
-            left, right = ({row["seed"]: row for row in at[x]} for x in (key, nearest))
-            gaps = [left[seed]["reward"] - right[seed]["reward"] for seed in left]
-            lines.append([f"soft labels at {key[1]:g}, tvkd at {nearest[1]:g}",
-                          *(cell(at[x], "kl", ".2f") for x in (key, nearest)),
-                          mean_text(gaps, "+.2f")])
+        for other in sorted(ratios):
+            if other[1] == key[1] or other == nearest and ratios[nearest] <= 1.5:
+                lines.append([f"soft labels at {key[1]:g}, tvkd at {other[1]:g}",
+                              *(cell(at[x], "kl", ".2f") for x in (key, other)),
+                              gap(at[key], at[other])])
     return markdown(["beta", "KL, soft labels", "KL, tvkd", "soft labels minus tvkd"], lines)
 
 
@@ -168,8 +208,9 @@ def real(records):
         if name.startswith("real_"):
             n, splits = [row["pref_n"] for row in record["rows"]], record["rows"]
             splits = len({row["seed"] for row in splits})
-            texts.append(f"`{name.removeprefix('real_')}`, {splits} splits, {min(n)} to {max(n)} "
-                         f"held-out pairs each:\n\n{comparison(record)}")
+            span = f"{min(n)}" if min(n) == max(n) else f"{min(n)} to {max(n)}"
+            texts.append(f"`{name.removeprefix('real_')}`, {splits} splits, {span} held-out pairs "
+                         f"each:\n\n{comparison(record)}")
     return "\n\n".join(texts)
 
 
@@ -180,8 +221,10 @@ def readme(records):
     columns = [column for column in COLUMNS if column[1] in ("reward", "vs_dpo", "true_acc", "kl")]
     for name in ("dpo", "tvkd implicit/value", "tvkd logits/hold", "dpo, teacher's soft labels",
                  "kd"):
-        lines.append([name, *(cell(groups[name], key, form) for _, key, form in columns),
-                      *(marked(at.get((name, teacher), [])) for teacher in TEACHERS[1:] if at)])
+        numbers = [marked(groups[name]) if key == "vs_dpo" else cell(groups[name], key, form)
+                   for _, key, form in columns]
+        lines.append([name, *numbers, *(marked(at.get((name, teacher), []))
+                                        for teacher in TEACHERS[1:] if at)])
     return markdown(["model", *(heading for heading, _, _ in columns),
                      *(f"minus DPO, teacher taught {HEADINGS[t]}" for t in TEACHERS[1:] if at)],
                     lines)
@@ -202,7 +245,8 @@ def cost(records):
 
 
 TABLES = {      # mark: its record and what builds it
-    **{name: (name, comparison) for name in ("main", "bytes", "gauge", "unseen", "released")},
+    **{name: (name, comparison) for name in ("main", "bytes", "gauge", "released")},
+    "unseen": ("unseen", unseen),
     "values": ("values", values), "words": ("values", words), "distance": ("frontier", distance),
     "knowledge": ("knowledge", knowledge), "parts": ("knowledge", reward_and_parts)}
 
@@ -222,6 +266,7 @@ def tables(records):
         texts["real"] = built("real", real, records)
     if "main" in records:
         texts["readme"] = built("main", readme, records)
+        texts["between"] = built("main", between, records)
     return texts
 
 

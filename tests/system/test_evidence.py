@@ -613,7 +613,8 @@ def test_comparison_by_hand():
 
 def test_equal_distance_by_hand():
     """Soft labels at beta 1 (KL 0.8) against tvkd at beta 4 (1.1 = 1.375 * 0.8), seed by seed: 5 -
-    3 = 2 and 6 - 4 = 2. At beta 2 (KL 0.7) the nearest has 1.1 = 1.57 * 0.7: too far."""
+    3 = 2 and 6 - 4 = 2; and at the same beta: 5 - 9 = -4. At beta 2 (KL 0.7) the nearest has 1.1 =
+    1.57 * 0.7: too far."""
     rows = [{**cells.as_row(with_options(cell, beta=beta)), "seed": seed, "reward": reward + seed,
              "kl": kl} for cell, beta, reward, kl in ((cells.SOFT, 1.0, 5.0, 0.8),
                                                       (cells.SOFT, 2.0, 4.0, 0.7),
@@ -621,7 +622,22 @@ def test_equal_distance_by_hand():
                                                       (cells.TVKD, 1.0, 9.0, 5.0))
             for seed in (0, 1)]
     assert tables.distance({"rows": rows, "options": {"beta": 1.0}}).splitlines()[2:] == [
+        "| soft labels at 1, tvkd at 1 | 0.80 \u00b1 0.00 | 5.00 \u00b1 0.00 | -4.00 \u00b1 0.00 |",
         "| soft labels at 1, tvkd at 4 | 0.80 \u00b1 0.00 | 1.10 \u00b1 0.00 | +2.00 \u00b1 0.00 |"]
+
+
+def test_between_by_hand(monkeypatch):
+    """Seed by seed, whatever the order of the rows, and only under the teacher that is named: 5 - 1
+    = 4 and 7 - 3 = 4, not 5 - 3 or 9 - 1. A record that is not there has no line."""
+    rows = [{**cells.as_row(cell._replace(teacher=teacher)), "seed": seed, "reward": reward}
+            for cell, teacher, seed, reward in (
+                (cells.KD, "facts", 0, 5.0), (cells.KD, "facts", 1, 7.0),
+                (cells.KD, "manners", 0, 9.0), (cells.KD, "manners", 1, 9.0),
+                (cells.SOFT, "facts", 1, 3.0), (cells.SOFT, "facts", 0, 1.0))]
+    wanted = [(name, "facts", "kd", tables.SOFT) for name in ("knowledge", "main")]
+    monkeypatch.setattr(tables, "BETWEEN", wanted)
+    assert tables.between({"knowledge": {"rows": rows}}).splitlines()[2:] == [
+        f"| kd | {tables.SOFT} | knowledge, taught facts | +4.00 \u00b1 0.00 |"]
 
 
 @pytest.fixture(scope="module")
@@ -651,12 +667,13 @@ def test_every_table_and_figure_can_be_drawn(invented):
     made, plan = invented
     texts = tables.tables(made)
     assert set(texts) == {*(set(made) - {"real_x"}), "words", "distance", "parts", "real",
-                          "readme"} and all(texts.values())
+                          "readme", "between"} and all(texts.values())
     assert set(figures.figures(made)) == {*figures.TITLES, "frontier", "bytes", "gains",
                                           "knowledge"}
     assert re.findall(r"^\| ([\d.]+) ", texts["alpha"], re.MULTILINE) == [
         "0", "0.25", "0.5", "1", "2", "4"]
-    for name in ("main", "released", "unseen"):         # names tell all cells apart
+    assert texts["unseen"].count("\n") == 1 + 6         # the methods that read a teacher
+    for name in ("main", "released"):                   # names tell all cells apart
         assert texts[name].count("\n") == 1 + len(plan[name].cells), name
     unique = {(seed, cell) for seeds, of_name, _ in plan.values() for seed in seeds
               for cell in of_name}
