@@ -381,6 +381,17 @@ def test_two_halves_side_by_side_by_hand(threads):
     assert set(each) == {max(1, threads // 2)} and len(set(who)) == min(2, threads)
 
 
+def test_one_index_is_read_once():
+    """Its second half would be empty, and the loss would be computed twice."""
+    before, model, seen = torch.get_num_threads(), one_weight(), []
+    torch.set_num_threads(2)
+    try:
+        gradient(model, model, Noting([1.0, 5.0], seen), torch.tensor([1]), 0)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [[1]]
+
+
 def test_an_error_in_one_half_waits_for_the_other():
     """Whichever half fails, the error comes through, the other half has ended and the number of
     threads is what it was."""

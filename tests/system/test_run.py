@@ -518,9 +518,11 @@ class Constant(torch.nn.Module):
 
 
 def test_policy_kl_by_hand():
-    """KL((.5, .5) || (.9, .1)) = 0.510826 a state; three states in each response: 1.532477."""
+    """KL((.5, .5) || (.9, .1)) = 0.510826 a state; three states in each response: 1.532477. In one
+    batch or in two."""
     rows = [Example([0, 1], [1, 1, 0]), Example([1], [0, 1, 0])]
-    close(policy_kl(Constant(.5, .5), Constant(.9, .1), rows, 2), 3 * 0.510826, 1e-5)
+    for batch_size in (2, 1):
+        close(policy_kl(Constant(.5, .5), Constant(.9, .1), rows, batch_size), 3 * 0.510826, 1e-5)
 
 
 def test_an_unknown_number_is_null(tmp_path):
