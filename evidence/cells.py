@@ -140,7 +140,7 @@ def tuning_of(name):
 # --------------------------------------------------------------------------------------------------
 # The experiments
 
-SEEDS, KNOWLEDGE_SEEDS, SWEEP_SEEDS, FEW_SEEDS = range(16), range(12), range(8), range(5)
+SEEDS, KNOWLEDGE_SEEDS, SWEEP_SEEDS = range(16), range(12), range(8)
 
 
 def experiment(name, pick, file=None):
@@ -183,7 +183,7 @@ def noisy_labels(pick):
 
 def gauge(pick):
     tvkd, logits = pick(TVKD), pick(LOGITS)
-    return Experiment(FEW_SEEDS, [pick(DPO), tvkd, logits, *(
+    return Experiment(SWEEP_SEEDS, [pick(DPO), tvkd, logits, *(
         cell._replace(control="gauge", dose=dose)
         for cell in (tvkd, logits) for dose in (-0.5, 0.5))])
 
@@ -196,7 +196,7 @@ def stored_bytes(pick):
 
 def frontier(pick):
     cells = sweep([*map(pick, (DPO, TVKD, SOFT))], "beta", (0.5, 1.0, 2.0, 4.0))
-    return Experiment(FEW_SEEDS, [*cells, with_options(pick(SOFT), beta=0.25)], "beta")
+    return Experiment(SWEEP_SEEDS, [*cells, with_options(pick(SOFT), beta=0.25)], "beta")
 
 
 def released(pick):

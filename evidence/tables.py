@@ -20,7 +20,7 @@ from evidence.records import (SWEEPS, built, cell, exit_code, grouped, load, mea
                               option_of, plain_name, summary)
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ("docs/results.md", "README.md")
+DOCS = ("docs/results.md", "docs/sweeps.md", "README.md")
 
 COLUMNS = (("true reward", "reward", ".2f"), ("minus DPO", "vs_dpo", "+.2f"),
            ("accuracy, labels", "pref_acc", ".3f"), ("minus DPO", "acc_vs_dpo", "+.3f"),
@@ -40,7 +40,8 @@ BETWEEN = (*(("main", "", left, right) for left, right in (
     *(("noise", "", f"{SOFT}, {share} {NOISE}", f"{TVKD}, {share} {NOISE}")
       for share in ("20%", "40%")),
     ("unseen", "unseen", f"{SOFT}, {UNSEEN}", f"{TVKD}, {UNSEEN}"),
-    ("knowledge", "facts", "kd", TVKD), ("knowledge", "facts", SOFT, TVKD))
+    ("knowledge", "facts", "kd", TVKD), ("knowledge", "facts", SOFT, TVKD),
+    ("bytes", "", "kd, top 4", "kd"), ("bytes", "", "kd, on 100 pairs", "kd"))
 
 
 # --------------------------------------------------------------------------------------------------
