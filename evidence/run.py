@@ -175,10 +175,10 @@ def start_process():
 
 
 def work(out, seed, cell):
-    """One task of a process -> row."""
-    stages = STAGES.setdefault(seed, Stages(out, seed))
+    """One task of a process -> row, seconds it took now: few, if an earlier run finished it."""
+    started, stages = time.perf_counter(), STAGES.setdefault(seed, Stages(out, seed))
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-        return row_of(cell, stages)
+        return row_of(cell, stages), time.perf_counter() - started
 
 
 def dealt(tasks, jobs):
@@ -194,14 +194,15 @@ def do(tasks, out, jobs):
     """[(seed, cell)] -> yields (task, its row) as they end. Prints how long the rest takes."""
     context, owner = multiprocessing.get_context("spawn"), dealt(tasks, jobs)
     pools = [ProcessPoolExecutor(1, context, start_process) for _ in range(jobs)]
-    left, started = sum(map(seconds, tasks)), time.perf_counter()
-    total = left
+    left, spent, expected = sum(map(seconds, tasks)), 0.0, 0.0
     try:
         futures = {pools[owner[task[0]]].submit(work, out, *task): task for task in tasks}
         for number, future in enumerate(as_completed(futures), 1):
-            task, row = futures[future], future.result()
+            task, (row, now) = futures[future], future.result()
             left -= seconds(task)
-            minutes = (time.perf_counter() - started) / (total - left) * left / 60
+            if now > row["seconds"] / 2:        # trained now; cells read from work/ show no pace
+                spent, expected = spent + now, expected + seconds(task)
+            minutes = left * (spent / expected if spent else 1) / jobs / 60
             print(f"seed {task[0]}  {title(task[1])}  {score_text(row)}  {row['seconds']:.0f} s; "
                   f"{len(tasks) - number} cells left, about {minutes:.0f} min", flush=True)
             yield task, row
