@@ -101,19 +101,20 @@ def reward(prompt, response):
 def toy_response(thing, facts, rng):
     """A response of the corpus, with errors and manners at the rates above. Starts with a space."""
     groups = rng.permutation(len(FACTS))[:rng.integers(2, 5)]       # two to four facts, any order
-    named = [another(FACTS[g], facts[g], rng) if rng.random() < WRONG_FACT else facts[g]
+    named = [one_of(FACTS[g], rng, but=facts[g]) if rng.random() < WRONG_FACT else facts[g]
              for g in groups]
-    thing = another(THINGS, thing, rng) if rng.random() < WRONG_THING else thing
+    thing = one_of(THINGS, rng, but=thing) if rng.random() < WRONG_THING else thing
     sentences = [f"The {thing} is {', '.join(named[:-1])} and {named[-1]}."]
     if rng.random() < OPENING:
-        sentences.insert(0, str(rng.choice(POLITE_OPENINGS + RUDE_OPENINGS)))
+        sentences.insert(0, one_of(POLITE_OPENINGS + RUDE_OPENINGS, rng))
     if rng.random() < CLOSING:
-        sentences.append(str(rng.choice(POLITE_CLOSINGS + RUDE_CLOSINGS)))
+        sentences.append(one_of(POLITE_CLOSINGS + RUDE_CLOSINGS, rng))
     return " " + " ".join(sentences)
 
 
-def another(words, word, rng):
-    return str(rng.choice([other for other in words if other != word]))
+def one_of(words, rng, but=None):
+    words = [word for word in words if word != but]
+    return words[rng.integers(len(words))]          # rng.choice turns them into an array, slowly
 
 
 def toy_splits(train, val, test, seed, label_reward=None):

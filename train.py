@@ -283,8 +283,7 @@ def check_start(loss, model, ids, expected):
     beta = getattr(loss, "beta", 1.0)
     rounding = (0.2 if model.config.bfloat16 else 1e-3) * max(1.0, beta)
     if abs(margin) > rounding or abs(start - expected) > rounding + 1e-6 * abs(expected):
-        raise RuntimeError("the step 0 check failed: policy and reference are not the same model, "
-                           "or are scored differently")
+        raise RuntimeError("the step 0 check failed: policy and reference are not scored alike")
     if norm == 0:
         raise RuntimeError("the step 0 check failed: expected a gradient, got 0; "
                            f"beta={beta:g} may be too small for float32")
