@@ -53,6 +53,7 @@ def figures(tmp_path_factory, quickstarts):
     return json.loads(printed.getvalue())
 
 
+@pytest.mark.slow
 def test_every_figure_is_there(figures):
     """Twice what is timed: on one thread and on two. None is negative or not a number."""
     assert set(figures) == set(bench.ON_TWO_THREADS) - ALONE | {"matmul_fraction"}
@@ -67,6 +68,7 @@ def test_every_figure_is_there(figures):
         assert all(math.isfinite(value) and 0 <= value < 100 for value in values)
 
 
+@pytest.mark.slow
 def test_what_is_counted(figures):
     """Not timed, so the same on every machine."""
     assert figures["teacher_bytes_per_token"]["value"] == 4
@@ -75,6 +77,7 @@ def test_what_is_counted(figures):
     assert 0 < figures["padding_waste"]["value"] < 0.1
 
 
+@pytest.mark.slow
 def test_the_quickstart_is_the_command_of_the_readme(figures, quickstarts):
     """`train.py` in a new folder, on one thread and on two; --quick adds options that it takes."""
     assert [threads for _, threads in quickstarts] == ["1", "2"]

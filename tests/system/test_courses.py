@@ -145,12 +145,14 @@ def test_graded_functions_are_those_of_tvkd():
 
 # --- the grader ---------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_tvkd_itself_gets_all_points(graded):
     right = graded["right"]
     assert right.status == 0 and right.record["points"] == right.record["out_of"] == 30
     assert "30 of 30 points" in right.output and right.blocks == {}
 
 
+@pytest.mark.slow
 def test_the_empty_assignment_gets_none_and_a_short_answer(graded):
     """No test passes; the table says "not written" ten times and nothing else is printed."""
     empty = graded["empty"]
@@ -159,6 +161,7 @@ def test_the_empty_assignment_gets_none_and_a_short_answer(graded):
     assert len(empty.output.splitlines()) < 25
 
 
+@pytest.mark.slow
 def test_a_naive_solution_gets_the_points_for_the_equations(graded):
     """All 20 for the equations, none of the 10 for robustness; one short message per function."""
     naive = graded["naive"]
@@ -167,6 +170,7 @@ def test_a_naive_solution_gets_the_points_for_the_equations(graded):
     assert len(naive.blocks) == 10 and len(naive.output.splitlines()) < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_costs_its_points_and_is_named(graded, name):
     """The equation's points where the equation is wrong; only robustness where it is right."""
@@ -178,6 +182,7 @@ def test_a_mistake_costs_its_points_and_is_named(graded, name):
     assert f"equation   {FUNCTIONS[mistake.function].equation}\n" in block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["plus", "no_logsumexp", *ROUNDS])
 def test_a_mistake_costs_points_of_its_function_alone(graded, file):
     """One message per wrong function, exit status 1, and the others keep all points. token_logps
@@ -190,6 +195,7 @@ def test_a_mistake_costs_points_of_its_function_alone(graded, file):
     assert [key.split(":")[0] for key in result.blocks] == [f for f in FUNCTIONS if f in wrong]
 
 
+@pytest.mark.slow
 def test_what_a_student_reads_about_a_plus_sign(graded):
     """beta 1, alpha 1/2, log-ratios ln 4 and ln 2, psi ln 4 and 0: margin ln 2 - ln 2 = 0, loss
     ln 2 = 0.693147; with the plus ln 4, loss ln(1 + 1/4) = 0.223144. 20 + 10 - 3 - 1 = 26."""
@@ -204,6 +210,7 @@ def test_what_a_student_reads_about_a_plus_sign(graded):
     assert 0 < together["passed"] < together["tests"] and together["out_of"] == 0
 
 
+@pytest.mark.slow
 def test_robustness_is_not_judged_where_the_equation_is_wrong(graded):
     """The table and the file say so, even if every test of robustness passes, as with abs(alpha).
     Where the equation is right, robustness is judged, and can be 0 of 1."""
@@ -219,6 +226,7 @@ def test_robustness_is_not_judged_where_the_equation_is_wrong(graded):
     assert all(naive.record["functions"][name]["robustness"]["judged"] for name in FUNCTIONS)
 
 
+@pytest.mark.slow
 def test_the_message_has_a_hint_and_else_the_smallest_input(graded):
     """log_softmax before logsumexp fails in the tree first, where no hint is given."""
     block = graded["log_softmax_first"].blocks["soft_value: equation"]
@@ -255,6 +263,7 @@ def test_no_two_mistakes_have_one_value(monkeypatch):
                     torch.tensor(other)), mistakes
 
 
+@pytest.mark.slow
 def test_one_function_of_an_unfinished_file(graded):
     """--function=kd_loss runs kd_loss's tests, not tvkd_loss's or dpo_loss's; the table has one
     line and no total, the file null for what was not run. A function that is not written yet then
@@ -271,6 +280,7 @@ def test_one_function_of_an_unfinished_file(graded):
     assert "--function: expected one of action_logps, " in graded["no_such_function"].output
 
 
+@pytest.mark.slow
 def test_verbose_shows_every_failure(graded):
     result = graded["verbose"]
     assert result.output.count("\n---- ") == int(re.search(r"(\d+) failed", result.output)[1]) > 1
