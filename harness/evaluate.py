@@ -106,15 +106,26 @@ def summed_kl(model, ref, batch):
 
 def cached_margins(model, ref, beta, held_out):
     """Implicit reward margin of every held-out pair: (pairs,)."""
-    both = both_responses(held_out.pairs)
-    policy = cached_logps(model, both, held_out.batch_size).chunk(2)
-    return reward_margins(*policy, *reference_logps(ref, held_out).chunk(2), beta)
+    policy, reference = held_out_logps(model, held_out), reference_logps(ref, held_out)
+    return reward_margins(*policy.chunk(2), *reference.chunk(2), beta)
 
 
 @lru_cache(maxsize=4)
 def reference_logps(ref, held_out):
     """Log-probs of the held-out responses under a frozen reference, which many models share."""
-    return cached_logps(ref, both_responses(held_out.pairs), held_out.batch_size)
+    return held_out_logps(ref, held_out)
+
+
+def held_out_logps(model, held_out):
+    """Log-probs of the chosen, then of the rejected held-out responses, half of them a thread."""
+    rows, device = both_responses(held_out.pairs), device_of(model)
+    halves = rows[:len(rows) // 2], rows[len(rows) // 2:]
+    with evaluating(model):             # around both: the first to end must not switch it off
+        return torch.cat(two_at_once(part_logps, halves, device, model, held_out.batch_size))
+
+
+def part_logps(model, batch_size, rows):
+    return cached_logps(model, rows, batch_size)
 
 
 def evaluate(model, ref, beta, held_out):

@@ -29,7 +29,7 @@ from harness.options import Config, parse_args
 from harness.outcome import exit_code, without_nan
 from harness.texts import load_task
 from harness.weights import pretrained
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, both_responses, cached_logps
 from small_run import SMALL, TINY, refused, rows_of, run, write_pairs
 
 LABELS = ["teacher", "sft", "bc", "kd", "dpo", "tvkd implicit/value", "tvkd logits/hold"]
@@ -523,6 +523,24 @@ def test_policy_kl_by_hand():
     rows = [Example([0, 1], [1, 1, 0]), Example([1], [0, 1, 0])]
     for batch_size in (2, 1):
         close(policy_kl(Constant(.5, .5), Constant(.9, .1), rows, batch_size), 3 * 0.510826, 1e-5)
+
+
+def test_held_out_logps_in_two_halves(monkeypatch):
+    """What one call gives, in the rows' order, also from a model in training. Its dropout is off
+    before the first half begins and until the last has ended."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(9, 16, 1, 1, 8, dropout=0.5)).train()
+    for n in (1, 3):
+        pairs = [Pair([1 + i], [2 + i, 0], [3, 4 + i, 5, 0]) for i in range(n)]
+        held_out = HeldOut(pairs, None, None, False, 1, 2, 8, 0)
+        expected = cached_logps(model, both_responses(pairs), 8)
+        close(evaluate.held_out_logps(model, held_out), expected, 1e-5)
+        assert model.training
+    seen = []
+    monkeypatch.setattr(evaluate, "part_logps", lambda model, batch_size, rows: (
+        seen.append(model.training) or torch.zeros(len(rows))))
+    evaluate.held_out_logps(model, held_out)
+    assert seen == [False, False] and model.training
 
 
 def test_an_unknown_number_is_null(tmp_path):
