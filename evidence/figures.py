@@ -13,7 +13,7 @@ TITLES = {      # the figure's title, its x axis, whether that is logarithmic
     "alpha": ("Weight of the teacher's value", "alpha", False),
     "pairs": ("Pairs the student sees", "student's pairs (the teacher's: 3,000)", True),
     "noise": ("Label noise", "share of the student's labels turned round", False)}
-BARS = "true reward; bars: 95% interval of the difference to DPO"
+BARS = "true reward; bars: 95% interval of the difference from DPO"
 PANELS = {"full": "the teacher knows all", "facts": "facts alone", "manners": "manners alone",
           "contrary": "facts, bad manners"}
 STYLE = """<style>svg { background: #fff; color: #222; font: 11px sans-serif }
@@ -78,7 +78,7 @@ def x_ticks(xs, x_log):
 
 
 def swept(record, option):
-    """name -> [(x, mean true reward, interval of the paired difference to DPO at the same x)]."""
+    """name -> [(x, mean true reward, interval of the paired difference from DPO at the same x)]."""
     groups = grouped(record["rows"], lambda row: (plain_name(row), option_of(row, option, record)))
     lines = {}
     for (name, x), rows in groups.items():
@@ -117,7 +117,7 @@ def stored(record):
 
 
 def gains(record):
-    """Points of (reward of the teacher, difference to DPO), one a seed."""
+    """Points of (reward of the teacher, difference from DPO), one a seed."""
     groups = grouped(record["rows"])
     teachers = {row["seed"]: row["reward"] for row in groups["teacher"]}
     return {name: sorted((teachers[row["seed"]], row["vs_dpo"], None) for row in groups[name])
@@ -125,7 +125,7 @@ def gains(record):
 
 
 def forest(record):
-    """Difference to DPO: a line a method, a panel a teacher."""
+    """Difference from DPO: a line a method, a panel a teacher."""
     groups = grouped([row for row in record["rows"] if row["method"] != "dpo" or row["control"]],
                      lambda row: (name_of(row), row["teacher"]))
     names = list(dict.fromkeys(name for name, _ in groups))

@@ -139,7 +139,7 @@ def between(records):
 
 
 def unseen(record):
-    """A line a method: the difference to DPO, under the usual teacher and under the other one."""
+    """A line a method: the difference from DPO, under the usual teacher and under the other one."""
     groups, lines = grouped(record["rows"]), []
     for name, rows in groups.items():
         other = groups.get(f"{name}, {UNSEEN}")
@@ -167,7 +167,7 @@ def distance(record):
 
 
 def knowledge(record):
-    """A line a method, a column a teacher: the difference to DPO, bold where it is clear of 0."""
+    """A line a method, a column a teacher: the difference from DPO, bold where it is clear of 0."""
     at, lines = of_teachers(record), []
     for name in dict.fromkeys(name for name, _ in at):
         if name != "dpo":
@@ -183,7 +183,7 @@ def of_teachers(record):
 
 
 def marked(rows):
-    """The difference to DPO; bold where its interval leaves out 0."""
+    """The difference from DPO; bold where its interval leaves out 0."""
     mean, half = summary(rows, "vs_dpo")
     text = cell(rows, "vs_dpo", "+.2f")
     return f"**{text}**" if half is not None and abs(mean) > half else text
@@ -232,7 +232,7 @@ def readme(records):
 
 
 def cost(records):
-    """What the records took to make, on what, and how many differences to DPO they show."""
+    """What the records took to make, on what, and how many differences from DPO they show."""
     seconds, compared = {}, 0
     for name, record in records.items():
         seconds |= {(row["seed"], identity(row)): row["seconds"] for row in record["rows"]}
@@ -242,7 +242,7 @@ def cost(records):
     machines = sorted({f"{m['machine']}, Python {m['python']}, torch {m['torch']}"
                    for m in (record["made"] for record in records.values())})
     return (f"{len(seconds):,} cells took {sum(seconds.values()) / 60:.0f} minutes of one thread: "
-            f"{'; '.join(machines)}. The tables show {compared} differences to DPO.")
+            f"{'; '.join(machines)}. The tables show {compared} differences from DPO.")
 
 
 TABLES = {      # mark: its record and what builds it

@@ -176,7 +176,7 @@ def against_dpo(rewards, dpo_rewards):
 
 
 def fill(rows, measured):
-    """The numbers of every Row from {label: what `measure` gives}, with its difference to DPO."""
+    """The numbers of every Row from {label: what `measure` gives}, with its difference from DPO."""
     dpo = measured.get("dpo", {}).get("reward")
     for row in rows:
         row.numbers = dict(measured[row.label]["numbers"])
