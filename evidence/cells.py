@@ -95,6 +95,7 @@ LIKE = {SHUFFLED: TVKD, PLUS: TVKD, ZERO: DPO, plus(LOGITS): LOGITS,
 TUNING_SEEDS = (100, 101)                               # in no table
 RATES = (3e-4, 1e-3, 3e-3)
 GRID = [{"steps": steps, "lr": lr} for steps in (60, 120) for lr in RATES]
+EDGES = [{"steps": steps, "lr": lr} for steps in (60, 120) for lr in (1e-4, 1e-2)]
 SHORT_GRID = [{"lr": lr} for lr in RATES]               # at the steps the cell has
 REAL_GRID = [{"lr": lr} for lr in (1e-4, 3e-4, 1e-3)]   # batches of 8 pairs, not 64
 TEACHERS = ("full", "facts", "manners", "contrary")
@@ -208,6 +209,7 @@ def released(pick):
 EXPERIMENTS = {
     "main": main_table, "values": values, "unseen": unseen, "noise": noisy_labels,
     "frontier": frontier, "bytes": stored_bytes, "released": released, "gauge": gauge,
+    "edges": lambda pick: tuning([*TUNED, *FEW], EDGES),    # rates beyond GRID; chooses nothing
     "alpha": lambda pick: Experiment(
         SWEEP_SEEDS, [pick(DPO), *sweep([pick(TVKD)], "alpha", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0))]),
     "pairs": lambda pick: Experiment(

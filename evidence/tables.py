@@ -69,17 +69,33 @@ def comparison(record, keys=None):
 
 def settings(record):
     """A line a method, a column a setting of the grid; the best score in bold."""
-    scores, names = choices(record), {}
-    for row in record["rows"]:
-        teacher = row.get("teacher")
-        names[without_setting(row)] = name_of(row) + (f", teacher: {teacher}" if teacher else "")
+    scores, names, lines = choices(record), tuned_names(record), []
     grid = list(next(iter(scores.values())))
-    lines = []
     for kind, of_kind in scores.items():
         best = max(of_kind, key=of_kind.get)
         lines.append([names[kind], *(f"**{of_kind[setting]:.2f}**" if setting == best
                                      else f"{of_kind[setting]:.2f}" for setting in grid)])
     return markdown(["steps, learning rate", *(f"{steps}, {lr:g}" for steps, lr in grid)], lines)
+
+
+def tuned_names(record):
+    """What `choices` tells the methods apart by -> their names."""
+    return {without_setting(row): name_of(row) + (f", teacher: {row['teacher']}"
+                                                  if row.get("teacher") else "")
+            for row in record["rows"]}
+
+
+def edges(records):
+    """A line a method: its best score within the grid, and those beyond it; bold: a higher one."""
+    within, beyond, lines = choices(records["tune"]), choices(records["edges"]), []
+    names, grid = tuned_names(records["edges"]), list(next(iter(beyond.values())))
+    for kind, of_kind in beyond.items():
+        best = max(within[kind].values())
+        lines.append([names[kind], f"{best:.2f}",
+                      *(f"**{of_kind[setting]:.2f}**" if of_kind[setting] > best
+                        else f"{of_kind[setting]:.2f}" for setting in grid)])
+    return markdown(["steps, learning rate", "best within the grid",
+                     *(f"{steps}, {lr:g}" for steps, lr in grid)], lines)
 
 
 def values(record):
@@ -268,6 +284,8 @@ def tables(records):
     if "main" in records:
         texts["readme"] = built("main", readme, records)
         texts["between"] = built("main", between, records)
+    if {"tune", "edges"} <= set(records):
+        texts["edges"] = built("edges", edges, records)
     return texts
 
 

@@ -692,6 +692,19 @@ def test_the_documents_are_filled_from_the_records(invented, tmp_path):
     assert "minus DPO, teacher taught facts |" in (root / "README.md").read_text(encoding="utf-8")
 
 
+def test_edges_by_hand():
+    """Within the grid 1.0 and 0.8 (a mean of 0.6 and 1.0), beyond it 0.5 and 2.0: one is higher."""
+    made = {"tune": [(60, 1e-3, 1.0), (60, 3e-3, 0.6), (60, 3e-3, 1.0)],
+            "edges": [(60, 1e-4, 0.5), (60, 1e-2, 2.0)]}
+    invented = {name: {"rows": [
+        {**cells.as_row(with_options(cells.DPO, steps=steps, lr=lr)._replace(split="val")),
+         "reward": reward, "seed": 0} for steps, lr, reward in scores]}
+        for name, scores in made.items()}
+    for record in invented.values():
+        record["options"] = {"steps": 60, "lr": 3e-4}
+    assert tables.edges(invented).splitlines()[2:] == ["| dpo | 1.00 | 0.50 | **2.00** |"]
+
+
 def test_knowledge_by_hand(invented):
     """Two seeds, tvkd minus DPO 1 and 3: 2 +- 12.71, not clear of 0; 2 and 2: bold."""
     rows = []
