@@ -40,7 +40,8 @@ BETWEEN = (*(("main", "", left, right) for left, right in (
     *(("noise", "", f"{SOFT}, {share} {NOISE}", f"{TVKD}, {share} {NOISE}")
       for share in ("20%", "40%")),
     ("unseen", "unseen", f"{SOFT}, {UNSEEN}", f"{TVKD}, {UNSEEN}"),
-    ("knowledge", "facts", "kd", TVKD), ("knowledge", "facts", SOFT, TVKD),
+    ("knowledge", "full", SOFT, TVKD), ("knowledge", "facts", "kd", TVKD),
+    ("knowledge", "facts", SOFT, TVKD),
     ("bytes", "", "kd, top 4", "kd"), ("bytes", "", "kd, on 100 pairs", "kd"))
 
 
