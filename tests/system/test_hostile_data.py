@@ -468,6 +468,7 @@ def test_command_line_refuses(option, kind, tmp_path, capsys, monkeypatch):
     assert line.startswith(f"train.py: {path}{expected}") and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_long_runs_of_one_character(tmp_path, capsys):
     """Prompts of 2 MB of one letter and of a million spaces or line feeds, where tiktoken alone
     panics: cut and counted. A million spaces in a response: dropped and counted."""

@@ -162,6 +162,7 @@ def same_run(one, other):
     assert [name for name in files if files[name] != others[name]] == []
 
 
+@pytest.mark.slow
 def test_killed_at_file_events(whole, tmp_path):
     """kill -9 at a file event, over and over, until the run is through: as if never killed."""
     out, stages, kills = tmp_path / "out", set(), 0
@@ -190,6 +191,7 @@ def test_killed_between_a_result_and_the_removal_of_its_checkpoint(tmp_path):
     assert "student-sft: kept in" in printed_by(out)
 
 
+@pytest.mark.slow
 def test_killed_while_writing(whole, tmp_path):
     out, kills = tmp_path / "out", 0
     for at, moment in zip(itertools.cycle((9, 4, 11, 7)), itertools.cycle((0, 1, 2))):

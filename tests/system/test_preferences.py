@@ -276,6 +276,7 @@ def test_escapes_of_a_row_stay_in_the_row(record):
     assert str(error.value).isprintable() and "a\\nb" in str(error.value)
 
 
+@pytest.mark.slow
 def test_memory_of_a_long_file(tmp_path):
     """4,000 pairs of about 960 bytes and 700 ids: the text takes 1.1 times its bytes and never
     twice; an id takes 8 bytes, since equal ids are one int (an int for each: 40)."""

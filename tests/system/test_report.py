@@ -641,6 +641,7 @@ def replaced(value, path, new):
 WRONG = (None, ATTACK, [], {}, -1, float("nan"), 1e308, 1e-320)
 
 
+@pytest.mark.slow
 def test_results_of_unknown_origin(tmp_path, capsys):
     """Something else at any one place: a page without foreign tags, or one line and exit code 2."""
     results, log = make_panel_results(), [make_log()[0], make_log()[-1]]
