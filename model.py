@@ -107,8 +107,9 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, positions=None, cache=None):
+    def forward(self, x, positions=None, cache=None, states=None):
         x = x + self.attn(self.ln_1(x), positions, cache)
+        x = x if states is None else x[states]          # (n, C): the MLP takes each state alone
         return x + self.mlp(self.ln_2(x))
 
 
@@ -153,8 +154,8 @@ class GPT(nn.Module):
             embedded = self.transformer.wte(tokens) + self.transformer.wpe(positions)
             x = self.transformer.drop(embedded)                         # (B, T, C)
             for layer, block in enumerate(self.transformer.h):
-                x = block(x, positions, caches[layer] if caches else None)
-        x = x if states is None else x[states]                          # (n, C)
+                last = layer == self.config.n_layer - 1
+                x = block(x, positions, caches[layer] if caches else None, states if last else None)
         return self.lm_head(self.transformer.ln_f(x))                   # (B, T, V) or (n, V)
 
     def load_weights(self, state_dict):
@@ -285,14 +286,14 @@ def part_size(rows):
     """How many rows of a batch to pass through the model at once: same loss, less padding.
 
     The rows, sorted by length, are cut into at most eight parts: the fewest of up to some 1,500
-    tokens each (more at once run no faster) that keep the padding within a tenth.
+    tokens each (more at once run no faster) that keep the padding within an eighth.
     """
     lengths = sorted(len(row.prompt) + len(row.response) for row in rows)
     for parts in range(min(8, 1 + sum(lengths) // 1500), 9):
         size = math.ceil(len(rows) / parts)
         longest = [lengths[min(i + size, len(rows)) - 1] for i in range(0, len(rows), size)]
         padded = sum(longest) * size - longest[-1] * (-len(rows) % size)
-        if sum(lengths) >= 0.9 * padded:
+        if sum(lengths) >= 0.875 * padded:
             break
     return size
 

@@ -29,25 +29,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from harness.ask import use_run
-from harness.evaluate import (HeldOut, Validation, fill, is_correct, measure, psi_of_pairs,
-                              reward_margins, sample)
+from harness.evaluate import (HeldOut, Validation, fill, is_correct, measure, pair_logps,
+                              psi_of_pairs, reward_margins, sample)
 from harness.keep import Keep, refuse_inside
 from harness.options import in_bfloat16, parse_args, pick_device
 from harness.outcome import Outcome, exit_code
 from harness.preferences import load_pairs
-from harness.processes import is_first, rank_and_world, together, two_at_once
+from harness.processes import is_first, rank_and_world, together, two_at_once, two_halves
 from harness.progress import Progress, ctrl_c_held
 from harness.table import Row
 from harness.texts import load_task
 from harness.weights import pretrained
-from model import (GPT, GPTConfig, batches, both_responses, cached_logps, cached_values, device_of,
-                   frozen, part_size, response_logps, score, summed_psi, tokens_in)
+from model import (GPT, GPTConfig, batches, both_responses, cached_values, device_of, frozen,
+                   part_size, response_logps, score, summed_psi, tokens_in)
 from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
 
 # --------------------------------------------------------------------------------------------------
 # Losses. loss(model, ids) takes a batch of indices and returns sums over it: {"loss", "n": the
 # number of tokens or pairs, "tokens": all tokens read, further numbers for the log}. Sums, because
 # micro-batches have different sizes: we divide by n once, at the end. Two threads call it at once.
+# len(loss) is the number of indices, rows(ids) the Examples that it reads for them.
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
@@ -57,66 +58,65 @@ class Likelihood:
     def __len__(self):
         return len(self.answers)
 
+    def rows(self, ids):
+        return [row for i in ids for row in self.answers[i]]
+
     def __call__(self, model, ids):
-        rows = [row for i in ids.tolist() for row in self.answers[i]]
-        loss = n = 0
+        rows, loss = self.rows(ids.tolist()), 0
         for _, tokens, mask in batches(rows, part_size(rows), ids.device):
             # The mean over tokens times their number: back to a sum.
             loss = loss + nll_loss(score(model, tokens, mask), mask) * mask.sum()
-            n = n + mask.sum()
-        return {"loss": loss, "n": n, "tokens": tokens_in(rows)}
+        return {"loss": loss, "n": sum(len(r.response) for r in rows), "tokens": tokens_in(rows)}
 
 
 @dataclass(frozen=True, eq=False)
-class KD:
-    """KL(teacher || student), a mean over the tokens of both responses."""
+class OfPairs:
+    """What all losses of pairs share."""
     pairs: list
-    teacher: GPT
 
     def __len__(self):
         return len(self.pairs)
 
+    def rows(self, ids):
+        return both_responses([self.pairs[i] for i in ids])             # B chosen, B rejected
+
+
+@dataclass(frozen=True, eq=False)
+class KD(OfPairs):
+    """KL(teacher || student), a mean over the tokens of both responses."""
+    teacher: GPT
+
     def __call__(self, model, ids):
-        rows = both_responses([self.pairs[i] for i in ids.tolist()])
-        loss = n = 0
+        rows, loss = self.rows(ids.tolist()), 0
         for _, tokens, mask in batches(rows, part_size(rows), ids.device):
             with torch.no_grad():       # in every step: V floats a token are too many to keep
                 teacher_logits = self.teacher(tokens)                           # (B, T+1, V)
             loss = loss + kd_loss(model(tokens), teacher_logits, mask) * mask.sum()
-            n = n + mask.sum()
-        return {"loss": loss, "n": n, "tokens": tokens_in(rows)}
+        return {"loss": loss, "n": sum(len(r.response) for r in rows), "tokens": tokens_in(rows)}
 
 
 @dataclass(frozen=True, eq=False)
-class DPO:
+class DPO(OfPairs):
     """Only the labels. ref_logps (2, N): of the chosen and the rejected responses, cached."""
-    pairs: list
     ref_logps: torch.Tensor
     beta: float
 
-    def __len__(self):
-        return len(self.pairs)
-
     def __call__(self, model, ids):
-        both = both_responses([self.pairs[i] for i in ids.tolist()])    # B chosen, B rejected
+        both = self.rows(ids.tolist())                                  # B chosen, B rejected
         logps = four_logps(model, both, self.ref_logps[:, ids])                 # four of (B,)
         return with_metrics(dpo_loss(*logps, self.beta), logps, self.beta, both)
 
 
 @dataclass(frozen=True, eq=False)
-class TVKD:
+class TVKD(OfPairs):
     """The labels and psi (2, N), summed over each response: all that it uses of the teacher."""
-    pairs: list
     ref_logps: torch.Tensor
     psi: torch.Tensor
     beta: float
     alpha: float
 
-    def __len__(self):
-        return len(self.pairs)
-
     def __call__(self, model, ids):
-        both = both_responses([self.pairs[i] for i in ids.tolist()])    # B chosen, B rejected
+        both = self.rows(ids.tolist())                                  # B chosen, B rejected
         logps = four_logps(model, both, self.ref_logps[:, ids])                 # four of (B,)
         losses = tvkd_loss(*logps, *self.psi[:, ids], self.beta, self.alpha)    # (B,)
         return with_metrics(losses, logps, self.beta, both)
@@ -239,7 +239,7 @@ def gradient(model, network, loss, ids, micro_batch):
     rank, world = rank_and_world()
     micro_batches = world * math.ceil(len(ids) / (world * (micro_batch or len(ids))))
     if micro_batches == 1:      # two halves at once; three would add up in varying order
-        halves = ids.tensor_split(min(2, torch.get_num_threads()))
+        halves = two_halves(loss, ids) if torch.get_num_threads() > 1 else [ids]
         sums = two_at_once(add_gradient, halves, ids.device, network, loss, ids)
     else:
         shares = ids.tensor_split(micro_batches)[rank::world]
@@ -313,8 +313,7 @@ def train_teacher(config, seed, ids, new_teacher, val, keep):
     corpus = [[data.Example(row.prompt[:1], row.prompt[1:] + row.response)] for row in ids.sft]
     teacher_ref = keep("teacher-sft", fit, new_teacher, Likelihood(corpus),
                        config.recipe("teacher_sft_steps", "teacher_sft_lr"), seed)
-    ref_logps = keep("teacher-ref-logps", cached_logps, teacher_ref, both_responses(pairs),
-                     config.batch_size).view(2, -1)                             # (2, all pairs)
+    ref_logps = keep("teacher-ref-logps", pair_logps, teacher_ref, pairs, config.batch_size)
     teacher = keep("teacher-dpo", fit, teacher_ref, DPO(pairs, ref_logps, beta),
                    config.recipe("teacher_dpo_steps", "teacher_dpo_lr"), seed,
                    loss_at_start=dpo_loss_at_start, validate=Validation(teacher_ref, beta, val))
@@ -363,8 +362,7 @@ def experiment(config, seed, task, device, keep):
     # 2. The student that every method starts from. It is their reference, too.
     student_ref = keep("student-sft", fit, new_student, Likelihood([[row] for row in ids.sft]),
                        config.recipe("student_sft_steps", "student_sft_lr"), seed)
-    ref_logps = keep("ref-logps", cached_logps, student_ref, both_responses(pairs),
-                     config.batch_size).view(2, -1)                             # (2, N)
+    ref_logps = keep("ref-logps", pair_logps, student_ref, pairs, config.batch_size)    # (2, N)
     rows.append(Row("sft", seed=seed))
     models["sft"] = student_ref
 

@@ -35,6 +35,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -49,12 +50,13 @@ import data
 import model as scoring
 import train
 from evidence.run import machine
+from harness.evaluate import pair_logps
 from harness.options import Config, parse_args
 from harness.preferences import load_pairs
 from harness.texts import load_task
-from model import (GPT, GPTConfig, batches, both_responses, cached_logps, cached_values, frozen,
-                   response_logps, score, summed_psi)
-from train import DPO, TVKD, Likelihood, part_size, tokens_in
+from model import (GPT, GPTConfig, batches, both_responses, cached_values, frozen, response_logps,
+                   score, summed_psi)
+from train import DPO, TVKD, Likelihood, OfPairs, part_size, tokens_in, two_halves
 
 ROOT, CPU, GIB = Path(__file__).resolve().parent.parent, torch.device("cpu"), 2 ** 30
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -138,13 +140,17 @@ def dpo_and_tvkd(pairs):
     return DPO(pairs, ref_logps, 1.0), TVKD(pairs, ref_logps, ref_logps + 1, 1.0, 1.0)
 
 
-def uncached_dpo(ref, pairs, model, ids):
+@dataclass(frozen=True, eq=False)
+class UncachedDPO(OfPairs):
     """DPO's loss as it is without a cache: the reference scores the batch in every step."""
-    of_batch = [pairs[i] for i in ids.tolist()]
-    rows = both_responses(of_batch)
-    with torch.no_grad():
-        ref_logps = response_logps(ref, rows, part_size(rows)).view(2, -1)
-    return DPO(of_batch, ref_logps, 1.0)(model, torch.arange(len(of_batch)))
+    ref: GPT
+
+    def __call__(self, model, ids):
+        rows = self.rows(ids.tolist())
+        with torch.no_grad():
+            ref_logps = response_logps(self.ref, rows, part_size(rows)).view(2, -1)
+        of_batch = [self.pairs[i] for i in ids.tolist()]
+        return DPO(of_batch, ref_logps, 1.0)(model, torch.arange(len(of_batch)))
 
 
 def plain_lm(rows, model, ids):
@@ -161,7 +167,7 @@ def whole_gradient(model, network, loss, ids, micro_batch):
 
 def of_a_step(student, pairs, repeats):
     """What a step costs beside another step on the same pairs."""
-    losses = *dpo_and_tvkd(pairs), partial(uncached_dpo, frozen(student), pairs)
+    losses = *dpo_and_tvkd(pairs), UncachedDPO(pairs, frozen(student))
     dpo, tvkd, uncached = (Step(deepcopy(student), loss, len(pairs)) for loss in losses)
     plain = Step(deepcopy(student), partial(plain_lm, both_responses(pairs)), len(pairs),
                  whole_gradient)
@@ -277,7 +283,7 @@ def of_padding(path):
         pairs = load_task(config, config.seed, load_pairs(path)).ids.train
     order = data.epochs(len(pairs), config.batch_size, torch.Generator().manual_seed(config.seed))
     epoch = list(itertools.islice(order, math.ceil(len(pairs) / config.batch_size)))
-    halves = [half for ids in epoch for half in ids.tensor_split(2) if len(half)]
+    halves = [half for ids in epoch for half in two_halves(OfPairs(pairs), ids) if len(half)]
     in_parts, whole = (padding(pairs, shares, size)
                        for shares, size in ((halves, part_size), (epoch, len)))
     yield ("padding_waste", in_parts, f"share of padding in what a model reads in an epoch of DPO "
@@ -336,7 +342,8 @@ def training_bytes(config, rows, length, scored, others=0):
     activations  4 (16 C + H + 4) a token and layer: input of ln_1 (C, mean and deviation 2) and
                  output (C); queries, keys, values (3 C); attention's output (C, a logsumexp for
                  each of H heads); input of ln_2 (C, 2) and output (C); c_fc's output (4 C); gelu's
-                 (4 C). And 8 a token, its id
+                 (4 C). And 8 a token, its id. In the last layer those from ln_2 on, 10 C + 2, of
+                 scored tokens alone
     head         4 (V + 2 C + 12) a scored token: logits (V); input of ln_f (C, 2) and output (C);
                  its place, action, log-prob
     spare        4 * 3 V a scored token of a part (model.part_size): three copies of its logits,
@@ -344,8 +351,9 @@ def training_bytes(config, rows, length, scored, others=0):
     """
     C, V, tokens = config.n_embd, config.vocab_size, rows * length
     part = part_size([data.Example([0] * length, [])] * rows)
+    of_token = config.n_layer * (16 * C + config.n_head + 4) - (1 - scored) * (10 * C + 2) + 2
     return {"weights": 16 * count(config), "others": 4 * others,
-            "activations": 4 * tokens * (config.n_layer * (16 * C + config.n_head + 4) + 2),
+            "activations": round(4 * tokens * of_token),
             "head": round(4 * tokens * scored * (V + 2 * C + 12)),
             "spare": round(4 * part * length * scored * 3 * V)}
 
@@ -437,7 +445,7 @@ def of_large(device, quick):
     values = cached_values("implicit", teacher, teacher_ref, rows, 1.0, 8)
     precomputing = time.perf_counter() - start
     psi = summed_psi(values, rows, 1.0, "value").view(2, -1).to(device)
-    ref_logps = cached_logps(ref, rows, 8).view(2, -1)
+    ref_logps = pair_logps(ref, pairs, 8)
     step = Step(deepcopy(ref).requires_grad_(True), TVKD(pairs, ref_logps, psi, 1.0, 1.0), 8)
     [[training]] = in_turn(1, step)
     peak = resident_bytes(device) - before
@@ -467,7 +475,7 @@ def run_of_pairs(n):
     rows = both_responses(pairs)
     values = cached_values("implicit", model, model, rows, 1.0, 64)
     psi = summed_psi(values, rows, 1.0, "value").view(2, -1)
-    ref_logps = cached_logps(model, rows, 64).view(2, -1)
+    ref_logps = pair_logps(model, pairs, 64)
     precomputing = time.perf_counter() - start
     step = Step(model, TVKD(pairs, ref_logps, psi, 1.0, 1.0), config.batch_size)
     return reading, precomputing, *medians(5, step), resident_bytes() / GIB

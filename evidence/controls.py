@@ -27,11 +27,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from harness.evaluate import evaluate, is_correct, sample, spoken, token_kinds
-from model import (batches, both_responses, cached_logps, cached_psi, cached_values, device_of,
-                   summed_psi)
-from train import (DPO, KD, TVKD, Likelihood, fit, four_logps, part_size, teacher_answers,
-                   tokens_in, with_metrics)
+from harness.evaluate import evaluate, is_correct, pair_logps, sample, spoken, token_kinds
+from model import batches, both_responses, cached_psi, cached_values, device_of, summed_psi
+from train import (DPO, KD, TVKD, Likelihood, OfPairs, fit, four_logps, part_size,
+                   teacher_answers, tokens_in, with_metrics)
 from tvkd import action_logps, dpo_loss
 
 # --------------------------------------------------------------------------------------------------
@@ -140,18 +139,14 @@ def check_same_policy(model, moved, pairs, batch_size):
 # Losses, of the form that train.py describes
 
 @dataclass(frozen=True, eq=False)
-class SoftDPO:
+class SoftDPO(OfPairs):
     """DPO with soft labels: -p log sigmoid(margin) - (1 - p) log sigmoid(-margin), p (N,)."""
-    pairs: list
     ref_logps: torch.Tensor
     probability: torch.Tensor
     beta: float
 
-    def __len__(self):
-        return len(self.pairs)
-
     def __call__(self, model, ids):
-        both, p = both_responses([self.pairs[i] for i in ids.tolist()]), self.probability[ids]
+        both, p = self.rows(ids.tolist()), self.probability[ids]
         logps = four_logps(model, both, self.ref_logps[:, ids])                 # four of (B,)
         chosen, rejected, ref_chosen, ref_rejected = logps
         losses = (p * dpo_loss(*logps, self.beta)
@@ -160,17 +155,13 @@ class SoftDPO:
 
 
 @dataclass(frozen=True, eq=False)
-class TopKD:
+class TopKD(OfPairs):
     """KD from the teacher's k likeliest tokens of each state and one bin for all others."""
-    pairs: list
     teacher: nn.Module
     k: int
 
-    def __len__(self):
-        return len(self.pairs)
-
     def __call__(self, model, ids):
-        rows, loss, n = both_responses([self.pairs[i] for i in ids.tolist()]), 0.0, 0
+        rows, loss, n = self.rows(ids.tolist()), 0.0, 0
         for _, tokens, mask in batches(rows, part_size(rows), ids.device):
             with torch.no_grad():
                 teacher_logits = self.teacher(tokens)                           # (B, T+1, V)
@@ -199,20 +190,16 @@ def with_rest(probabilities):
 
 
 @dataclass(frozen=True, eq=False)
-class NextEntropy:
+class NextEntropy(OfPairs):
     """The shipped recipe of the released code: -log sigmoid(R_w - R_l), without pi_ref and beta.
 
     R(y) = sum_t [log pi(a_t|s_t) - sign * H(pi(.|s_{t+1}))], with gradient through both, H = 0
     after the end. No number of the teacher is in it.
     """
-    pairs: list
     sign: float
 
-    def __len__(self):
-        return len(self.pairs)
-
     def __call__(self, model, ids):
-        rows = both_responses([self.pairs[i] for i in ids.tolist()])
+        rows = self.rows(ids.tolist())
         order, rewards = [], []
         for at, tokens, mask in batches(rows, part_size(rows), ids.device):
             order += at
@@ -243,6 +230,9 @@ class Both:
     def __len__(self):
         return len(self.first)
 
+    def rows(self, ids):
+        return self.first.rows(ids)
+
     def __call__(self, model, ids):
         first, second = self.first(model, ids), self.second(model, ids)
         return {"loss": first["loss"] / first["n"] + second["loss"] / second["n"], "n": 1,
@@ -257,8 +247,7 @@ def loss_of(cell, config, stages):
     generator = torch.Generator().manual_seed(stages.seed + 2 ** 32)    # not that of the batches
     task, words = stages.task(config), cell.control.split()
     pairs = task.ids.train[:config.student_pairs or None]
-    ref_logps = cached_logps(stages.student(config), both_responses(pairs),
-                             config.batch_size).view(2, -1)
+    ref_logps = pair_logps(stages.student(config), pairs, config.batch_size)
     teacher = teacher_ref = psi = None
     if cell.value or cell.method in ("bc", "kd", "kd+dpo"):
         teacher_ref, teacher = stages.teacher(cell.teacher, config)

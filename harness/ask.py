@@ -10,7 +10,7 @@ import torch
 
 import data
 from data import UserError, printable
-from harness.evaluate import is_correct, reward_margins, sample, spoken
+from harness.evaluate import is_correct, pair_logps, reward_margins, sample, spoken
 from harness.keep import (digest_of_tokenizer, file_of, lock, read, refuse_inside, refuse_others,
                           write)
 from harness.preferences import load_pairs, progress
@@ -19,7 +19,7 @@ from harness.report import RESULTS, check
 from harness.table import Row
 from harness.tokenizers import load_tokenizer, named_tokenizer
 from harness.weights import export_model
-from model import batches, both_responses, cached_logps, device_of, from_content, frozen, score
+from model import batches, both_responses, device_of, from_content, frozen, score
 
 ANSWERS, SPACE = 3, "\u2423"
 WORD = f"(?:{'|'.join([*data.THINGS, *data.ALL_FACTS])})"
@@ -177,8 +177,7 @@ def score_pairs(pairs, config, past, tokenizer, models, origins):
             line["log_ratios"] = {}
     for name, model in models.items():
         ref, beta = origins[name]
-        policy, reference = (cached_logps(m, both, past.batch_size).view(2, -1)
-                             for m in (model, ref))
+        policy, reference = (pair_logps(m, ids, past.batch_size) for m in (model, ref))
         margins = reward_margins(*policy, *reference, beta)
         for line, margin, chosen, rejected in zip(lines, margins.tolist(), *policy.tolist()):
             line["margins"][name] = margin

@@ -106,22 +106,22 @@ def summed_kl(model, ref, batch):
 
 def cached_margins(model, ref, beta, held_out):
     """Implicit reward margin of every held-out pair: (pairs,)."""
-    policy, reference = held_out_logps(model, held_out), reference_logps(ref, held_out)
-    return reward_margins(*policy.chunk(2), *reference.chunk(2), beta)
+    policy = pair_logps(model, held_out.pairs, held_out.batch_size)             # (2, pairs)
+    return reward_margins(*policy, *reference_logps(ref, held_out), beta)
 
 
 @lru_cache(maxsize=4)
 def reference_logps(ref, held_out):
     """Log-probs of the held-out responses under a frozen reference, which many models share."""
-    return held_out_logps(ref, held_out)
+    return pair_logps(ref, held_out.pairs, held_out.batch_size)
 
 
-def held_out_logps(model, held_out):
-    """Log-probs of the chosen, then of the rejected held-out responses, half of them a thread."""
-    rows, device = both_responses(held_out.pairs), device_of(model)
-    halves = rows[:len(rows) // 2], rows[len(rows) // 2:]
+def pair_logps(model, pairs, batch_size):
+    """Log-probs of the chosen and of the rejected responses, (2, N): on a CPU a thread for each."""
+    rows, device = both_responses(pairs), device_of(model)
+    halves = rows[:len(pairs)], rows[len(pairs):]
     with evaluating(model):             # around both: the first to end must not switch it off
-        return torch.cat(two_at_once(part_logps, halves, device, model, held_out.batch_size))
+        return torch.stack(two_at_once(part_logps, halves, device, model, batch_size))
 
 
 def part_logps(model, batch_size, rows):

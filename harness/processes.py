@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from data import UserError
+from model import tokens_in
 
 
 def rank_and_world():
@@ -35,6 +36,17 @@ def in_all(flag):
 
 
 SECOND = ThreadPoolExecutor(1)          # its thread starts with the first task
+
+
+def two_halves(loss, ids):
+    """The indices of a batch -> two parts of as many tokens, the short rows in the first.
+
+    Each part needs less padding than a half of the batch as it comes. loss: as train.py has it.
+    """
+    tokens = torch.tensor([tokens_in(loss.rows([i])) for i in ids.tolist()])    # (B,)
+    order = tokens.argsort(stable=True)
+    first = int((2 * tokens[order].cumsum(0) <= tokens.sum()).sum())
+    return ids[order.to(ids.device)].tensor_split([first])
 
 
 def two_at_once(f, items, device, *args):

@@ -16,7 +16,7 @@ from conftest import close
 from data import Example, Pair
 from harness.evaluate import is_correct, reward_margins
 from harness.options import Recipe
-from harness.processes import two_at_once
+from harness.processes import two_at_once, two_halves
 from harness.progress import Progress
 from model import (GPT, GPTConfig, both_responses, cached_logps, cached_psi, cached_values, frozen,
                    score, summed_psi)
@@ -171,6 +171,9 @@ class Slopes:
     def __len__(self):
         return len(self.slopes)
 
+    def rows(self, ids):
+        return [Example([0], [0] * 9) for _ in ids]
+
     def __call__(self, model, ids):
         slopes = torch.tensor([self.slopes[i] for i in ids.tolist()])
         return {"loss": (slopes * model.weight.squeeze()).sum(), "n": len(ids),
@@ -227,11 +230,13 @@ def test_part_size_by_hand():
     """12 rows of n, 2n, ..., 12n ids, 78n in all, sorted, padded in parts.
 
     78n of 144n in one part, of 6n (6 + 12) = 108n in two, of 4n (4 + 8 + 12) = 96n in three, of 90n
-    in four (and five), of 2 * 42n = 84n in six: more than nine tenths, for any n. Rows of 9 to 12
-    ids: 42 of 48, and of 2 (10 + 12) = 44 in two. Rows of one length: 12 * 124 = 1,488 ids stay
-    together, 12 * 125 = 1,500 do not. Never more than 8 parts.
+    in four (and five), of 2 * 42n = 84n in six: more than seven eighths, for any n. Rows of 9, 10,
+    10, 12 ids: 41 of 48, and of 2 (10 + 12) = 44 in two; of 9, 10, 11, 12: 42 of 48 is seven
+    eighths. Rows of one length: 12 * 124 = 1,488 ids stay together, 12 * 125 = 1,500 do not. Never
+    more than 8 parts.
     """
-    assert train.part_size([Example([1], [0] * (n - 1)) for n in (12, 9, 10, 11)]) == 2
+    for last, size in ((10, 2), (11, 4)):
+        assert train.part_size([Example([1], [0] * (n - 1)) for n in (12, 9, 10, last)]) == size
     for n in (1, 10):
         rows = [Example([1], [0] * (n * i - 1)) for i in range(1, 13)]
         assert train.part_size(rows[6:] + rows[:6]) == 2
@@ -379,6 +384,17 @@ def test_two_halves_side_by_side_by_hand(threads):
     halves, each, who = zip(*sorted(loss.seen))
     assert halves == (([0, 1], [2, 3]) if threads > 1 else ([0, 1, 2, 3],))
     assert set(each) == {max(1, threads // 2)} and len(set(who)) == min(2, threads)
+
+
+def test_two_halves_have_as_many_tokens():
+    """Rows of 5, 2, 3, 2, 4 tokens, 16 in all. Sorted 2, 2, 3, 4, 5: the first three have 7 of 8
+    tokens, four would have 11. Equal rows stay in their order. With 9 in place of 5 there are 20,
+    and 2 + 2 + 3 = 7, with 4 more 11. Of one row the first half is empty."""
+    for ids, first, second in (([0, 1, 2, 3, 4], [1, 3, 2], [4, 0]),
+                               ([3, 5, 4, 2, 1], [3, 1, 2], [4, 5]), ([2], [], [2])):
+        loss = Likelihood([[Example([1], [0] * (n - 1))] for n in (5, 2, 3, 2, 4, 9)])
+        halves = two_halves(loss, torch.tensor(ids))
+        assert [half.tolist() for half in halves] == [first, second]
 
 
 def test_one_index_is_read_once():

@@ -82,10 +82,17 @@ def test_forward_oracle(gelu):
 
 
 def test_selected_states_have_the_logits_they_have_among_all():
-    """states picks rows of (B, T, V) in order: the head sees those alone, attention sees all."""
-    model, tokens = tiny(), random_tokens()
+    """states picks rows of (B, T, V) in order: the last MLP and the head take those alone, the MLP
+    before them and attention all."""
+    model, tokens, taken = tiny(), random_tokens(), []
     states = tokens % 2 == 0
-    torch.testing.assert_close(model(tokens, states), model(tokens)[states], atol=1e-6, rtol=0)
+    for module in (*(block.mlp for block in model.transformer.h), model.lm_head):
+        module.register_forward_hook(lambda module, taken_in, out: taken.append(out.shape[:-1]))
+    expected = model(tokens)[states]
+    assert set(taken) == {tokens.shape}
+    del taken[:]
+    torch.testing.assert_close(model(tokens, states), expected, atol=1e-6, rtol=0)
+    assert taken == [tokens.shape, *[(int(states.sum()),)] * 2]
 
 
 def test_right_padding_is_inert_and_left_padding_is_not():

@@ -88,13 +88,14 @@ def test_the_quickstart_is_the_command_of_the_readme(figures, quickstarts):
 
 
 def test_memory_by_hand():
-    """2 rows of 4 tokens, half scored, one layer of 2 channels and one head, 3 ids.
+    """2 rows of 4 tokens, half scored, two layers of 2 channels and one head, 3 ids.
 
-    6 + 8 + (8 + 18 + 6 + 24 + 18) + 4 = 92 parameters; a token keeps 16 * 2 + 1 + 4 floats in the
-    layer and 2 for its id, a scored one 3 + 2 * 2 + 12; both rows are one part.
+    6 + 8 + 2 (8 + 18 + 6 + 24 + 18) + 4 = 166 parameters; a token keeps 16 * 2 + 1 + 4 = 37 floats
+    in a layer and 2 for its id, but where it is not scored 10 * 2 + 2 fewer in the last one, so
+    2 * 37 + 2 - 22 / 2 = 65 on average; a scored one 3 + 2 * 2 + 12; both rows are one part.
     """
-    computed = bench.training_bytes(GPTConfig(3, 4, 1, 1, 2), 2, 4, 0.5, others=10)
-    assert computed == {"weights": 16 * 92, "others": 40, "activations": 4 * 8 * 39,
+    computed = bench.training_bytes(GPTConfig(3, 4, 2, 1, 2), 2, 4, 0.5, others=10)
+    assert computed == {"weights": 16 * 166, "others": 40, "activations": 4 * 8 * 65,
                         "head": 4 * 4 * 19, "spare": 3 * 4 * 4 * 3}
 
 

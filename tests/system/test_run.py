@@ -308,17 +308,13 @@ def test_runs_repeat_and_measuring_changes_nothing(default_run, tmp_path):
 # --- another method ------------------------------------------------------------------------------
 
 @dataclass(frozen=True, eq=False)
-class IPO:
+class IPO(train.OfPairs):
     """(log-ratio of chosen - of rejected - 1 / (2 beta))^2, arXiv 2310.12036."""
-    pairs: list
     ref_logps: torch.Tensor
     beta: float
 
-    def __len__(self):
-        return len(self.pairs)
-
     def __call__(self, model, ids):
-        both = train.both_responses([self.pairs[i] for i in ids.tolist()])
+        both = self.rows(ids.tolist())
         logps = train.four_logps(model, both, self.ref_logps[:, ids])
         ratio = (logps[0] - logps[2]) - (logps[1] - logps[3])
         return train.with_metrics((ratio - 1 / (2 * self.beta)) ** 2, logps, self.beta, both)
@@ -525,21 +521,23 @@ def test_policy_kl_by_hand():
         close(policy_kl(Constant(.5, .5), Constant(.9, .1), rows, batch_size), 3 * 0.510826, 1e-5)
 
 
-def test_held_out_logps_in_two_halves(monkeypatch):
-    """What one call gives, in the rows' order, also from a model in training. Its dropout is off
-    before the first half begins and until the last has ended."""
+def test_pair_logps_in_two_halves(monkeypatch):
+    """Row 0 the chosen responses as one call scores them, row 1 the rejected ones, in the pairs'
+    order, also from a model in training. Its dropout is off before the first half begins and until
+    the last has ended."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(9, 16, 1, 1, 8, dropout=0.5)).train()
     for n in (1, 3):
         pairs = [Pair([1 + i], [2 + i, 0], [3, 4 + i, 5, 0]) for i in range(n)]
-        held_out = HeldOut(pairs, None, None, False, 1, 2, 8, 0)
-        expected = cached_logps(model, both_responses(pairs), 8)
-        close(evaluate.held_out_logps(model, held_out), expected, 1e-5)
+        chosen, rejected = cached_logps(model, both_responses(pairs), 8).chunk(2)
+        logps = evaluate.pair_logps(model, pairs, 8)
+        close(logps[0], chosen, 1e-5)
+        close(logps[1], rejected, 1e-5)
         assert model.training
     seen = []
     monkeypatch.setattr(evaluate, "part_logps", lambda model, batch_size, rows: (
         seen.append(model.training) or torch.zeros(len(rows))))
-    evaluate.held_out_logps(model, held_out)
+    evaluate.pair_logps(model, pairs, 8)
     assert seen == [False, False] and model.training
 
 
