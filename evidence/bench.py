@@ -53,10 +53,11 @@ from evidence.run import machine
 from harness.evaluate import pair_logps
 from harness.options import Config, parse_args
 from harness.preferences import load_pairs
+from harness.processes import two_halves
 from harness.texts import load_task
 from model import (GPT, GPTConfig, batches, both_responses, cached_values, frozen, response_logps,
                    score, summed_psi)
-from train import DPO, TVKD, Likelihood, OfPairs, part_size, tokens_in, two_halves
+from train import DPO, TVKD, Likelihood, OfPairs, part_size, tokens_in
 
 ROOT, CPU, GIB = Path(__file__).resolve().parent.parent, torch.device("cpu"), 2 ** 30
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -202,13 +203,18 @@ def of_two_threads(config, student, teacher, ids, n, repeats):
 
 
 def reread(model, prompts, n):
-    """The n most likely tokens after every prompt; the whole prefix is read for each of them."""
-    tokens = prompts
+    """The n most likely tokens after every prompt; the whole prefix is read for each of them.
+
+    As nanoGPT's generate does: every state passes every block, the last one alone the head.
+    """
+    tokens, parts = prompts, model.transformer
     with torch.no_grad():
         for _ in range(n):
-            last = torch.zeros(tokens.shape, dtype=torch.bool)
-            last[:, -1] = True
-            tokens = torch.cat([tokens, model(tokens, last).argmax(-1, keepdim=True)], 1)
+            x = parts.wte(tokens) + parts.wpe.weight[:tokens.shape[1]]          # (B, T, C)
+            for block in parts.h:
+                x = block(x)
+            drawn = model.lm_head(parts.ln_f(x[:, -1])).argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, drawn], 1)
     return tokens[:, prompts.shape[1]:].tolist()
 
 
@@ -217,7 +223,7 @@ def of_generate(model, B, n):
     again = partial(reread, model, prompts, n)
     cached = partial(model.generate, prompts.tolist(), n, eos=-1, temperature=0)    # no id is -1
     assert again() == cached(), "expected the same tokens with and without the cache"
-    yield ("generate_speedup", ratio(2, again, cached),
+    yield ("generate_speedup", ratio(5, again, cached),
            f"{n} tokens after {B} prompts, the prefix read again for each, over GPT.generate")
 
 
