@@ -109,7 +109,7 @@ class Block(nn.Module):
 
     def forward(self, x, positions=None, cache=None, states=None):
         x = x + self.attn(self.ln_1(x), positions, cache)
-        x = x if states is None else x[states]          # (n, C): the MLP takes each state alone
+        x = x if states is None else x[states]          # (n, C): the MLP mixes no states
         return x + self.mlp(self.ln_2(x))
 
 
@@ -139,10 +139,10 @@ class GPT(nn.Module):
     def forward(self, tokens, states=None, positions=None, caches=None):
         """tokens (B, T) ids -> (B, T, V) logits; logits[:, t] predicts tokens[:, t+1].
 
-        states (B, T) bool: only these states go through the output head -> (n, V), row by row. At a
-        large vocabulary the head takes most of the memory. Rows are padded on the RIGHT: attention
-        is causal, so padding cannot reach the tokens before it. positions (B, T) and caches are for
-        `generate`; without them position t is column t. Raises ValueError for T > block_size.
+        states (B, T) bool: only these go through the last MLP and the output head -> (n, V), row by
+        row. At a large vocabulary the head takes most of the memory. Rows are padded on the RIGHT:
+        attention is causal, so padding cannot reach the tokens before it. positions (B, T), caches:
+        for `generate`; else position t is column t. Raises ValueError for T > block_size.
         """
         T = tokens.shape[1]
         if T > self.config.block_size:
@@ -305,7 +305,7 @@ def tokens_in(rows):
 def score(model, tokens, mask):
     """Log-probs of the response tokens: tokens (B, T+1), mask (B, T) -> (B, T) nats, 0 elsewhere.
 
-    Only these states meet the output head: prompts would cost as much.
+    Only these states meet the last MLP and the output head: prompts would cost as much.
     """
     logits = model(tokens, F.pad(mask, (0, 1)))             # (n, V); nobody acts in the last state
     logps = action_logps(logits, tokens[:, 1:][mask])       # (n,)

@@ -48,7 +48,7 @@ from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
 # Losses. loss(model, ids) takes a batch of indices and returns sums over it: {"loss", "n": the
 # number of tokens or pairs, "tokens": all tokens read, further numbers for the log}. Sums, because
 # micro-batches have different sizes: we divide by n once, at the end. Two threads call it at once.
-# len(loss) is the number of indices, rows(ids) the Examples that it reads for them.
+# len(loss) is the number of indices; rows(a list of them) gives the Examples that it reads.
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:

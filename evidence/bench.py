@@ -205,7 +205,8 @@ def of_two_threads(config, student, teacher, ids, n, repeats):
 def reread(model, prompts, n):
     """The n most likely tokens after every prompt; the whole prefix is read for each of them.
 
-    As nanoGPT's generate does: every state passes every block, the last one alone the head.
+    As nanoGPT's generate does: every state goes through every block, only the last state through
+    the head.
     """
     tokens, parts = prompts, model.transformer
     with torch.no_grad():
@@ -261,8 +262,10 @@ def of_matmuls(model, pairs, repeats):
     """FLOP/s of a step over what torch.matmul alone reaches on the same shapes."""
     step, products = Step(model, dpo_and_tvkd(pairs)[0], len(pairs)), MatmulShapes()
     products.shapes = []
-    with products, FlopCounterMode(display=False) as counter:
-        step()
+    threads = torch.get_num_threads()
+    with products, FlopCounterMode(display=False) as counter:       # they see this thread alone
+        with_threads(1, step)
+    torch.set_num_threads(threads)
     factors = [(torch.randn(a), torch.randn(b)) for a, b in products.shapes]
     share = counter.get_total_flops() / sum(2 * a.numel() * b.shape[-1] for a, b in factors)
     yield ("matmul_fraction", share * ratio(repeats, partial(multiply, factors), step),

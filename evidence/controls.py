@@ -223,7 +223,7 @@ def entropy_rewards(model, tokens, mask, sign):
 
 @dataclass(frozen=True, eq=False)
 class Both:
-    """The sum of two mean losses."""
+    """The sum of two mean losses, of a whole batch: evidence.run trains on one thread."""
     first: object
     second: object
 

@@ -34,7 +34,7 @@ from model import GPT, from_content, frozen
 ROOT = Path(__file__).resolve().parent.parent
 # The modules that make weights, values and numbers. The report page is not among them.
 SOURCES = ("tvkd.py", "model.py", "data.py", "train.py", "harness/evaluate.py",
-           "harness/numbers.py", "harness/tokenizers.py")
+           "harness/processes.py", "harness/numbers.py", "harness/tokenizers.py")
 DIGITS = 64                                     # of a SHA-256
 DERIVED = ("results.json", "report.html", "scores.jsonl")       # stale as soon as a model changes
 WRITTEN = (*DERIVED, "log.jsonl", ".lock")      # beside the folders of the seeds

@@ -39,7 +39,7 @@ SECOND = ThreadPoolExecutor(1)          # its thread starts with the first task
 
 
 def two_halves(loss, ids):
-    """The indices of a batch -> two parts of as many tokens, the short rows in the first.
+    """The indices of a batch -> two parts with about half of its tokens each, short rows first.
 
     Each part needs less padding than a half of the batch as it comes. loss: as train.py has it.
     """
