@@ -386,7 +386,7 @@ def test_two_halves_side_by_side_by_hand(threads):
     assert set(each) == {max(1, threads // 2)} and len(set(who)) == min(2, threads)
 
 
-def test_two_halves_have_as_many_tokens():
+def test_two_halves_by_hand():
     """Rows of 5, 2, 3, 2, 4 tokens, 16 in all. Sorted 2, 2, 3, 4, 5: the first three have 7 of 8
     tokens, four would have 11. Equal rows stay in their order. With 9 in place of 5 there are 20,
     and 2 + 2 + 3 = 7, with 4 more 11. Of one row the first half is empty."""

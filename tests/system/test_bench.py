@@ -14,7 +14,7 @@ import train
 from conftest import close
 from evidence import bench
 from harness.options import parse_args
-from model import GPTConfig
+from model import GPT, GPTConfig
 from small_run import write_pairs
 
 ONCE = {"teacher_bytes_per_token", "head_memory_ratio", "memory_formula_error", "padding_waste",
@@ -105,6 +105,20 @@ def test_saved_and_peak_bytes_by_hand():
     x = torch.ones(100, requires_grad=True)
     assert bench.saved_bytes(torch.nn.Linear(1, 1), lambda: x.exp().sin().sum()) == 400
     assert bench.peak_bytes(lambda: torch.ones(100) + torch.ones(100)) == 1200
+
+
+def test_the_counter_sees_both_halves(monkeypatch):
+    """It sees one thread alone, so the products of a step must be counted on one: as many
+    operations with two threads as with one, and the number of threads stays."""
+    monkeypatch.undo()                                          # real threads
+    monkeypatch.setattr(bench, "ratio", lambda repeats, multiply, step: sum(
+        2 * a.numel() * b.shape[-1] for a, b in multiply.args[0]))
+    model, pairs, counted = GPT(GPTConfig(9, 16, 1, 1, 8)), bench.random_pairs(4, 8, 9), []
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        counted += [value for _, value, _ in bench.of_matmuls(model, pairs, 1)]
+        assert torch.get_num_threads() == threads
+    assert counted[0] == counted[1] > 0
 
 
 def test_exponents_ratios_and_limits(monkeypatch):
