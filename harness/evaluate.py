@@ -117,7 +117,7 @@ def reference_logps(ref, held_out):
 
 
 def pair_logps(model, pairs, batch_size):
-    """Log-probs of the chosen and of the rejected responses, (2, N): two threads take a row each."""
+    """Log-probs of the chosen and the rejected responses, (2, N): two threads take a row each."""
     rows, device = both_responses(pairs), device_of(model)
     halves = rows[:len(pairs)], rows[len(pairs):]
     with evaluating(model):             # around both: the first to end must not switch it off
