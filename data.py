@@ -194,7 +194,7 @@ def collate(rows):
     return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
-def epochs(n, batch_size, generator):
+def shuffled_batches(n, batch_size, generator):
     """Endless batches of indices below n, reshuffled for each epoch; its last may be smaller."""
     while True:
         yield from torch.randperm(n, generator=generator).split(batch_size)

@@ -244,7 +244,7 @@ def evaluating(model):
         model.train(training)
 
 
-def frozen(model):
+def frozen_copy(model):
     """A copy that nothing trains: a policy's steps must not move its own reference."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -302,7 +302,7 @@ def tokens_in(rows):
     return sum(len(row.prompt) + len(row.response) for row in rows)
 
 
-def score(model, tokens, mask):
+def response_logps(model, tokens, mask):
     """Log-probs of the response tokens: tokens (B, T+1), mask (B, T) -> (B, T) nats, 0 elsewhere.
 
     Only these states meet the last MLP and the output head: prompts would cost as much.
@@ -312,25 +312,25 @@ def score(model, tokens, mask):
     return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
 
 
-def response_logps(model, rows, batch_size):
+def rows_logps_with_grad(model, rows, batch_size):
     """log pi(y|x) of every row, in the rows' order: (len(rows),) nats."""
     order, logps = [], []
     for ids, tokens, mask in batches(rows, batch_size, device_of(model)):
         order += ids
-        logps.append(sequence_logps(score(model, tokens, mask), mask))
+        logps.append(sequence_logps(response_logps(model, tokens, mask), mask))
     logps = torch.cat(logps)
     return logps[torch.tensor(order, device=logps.device).argsort()]
 
 
 @torch.no_grad()
-def cached_logps(model, rows, batch_size):
-    """What `response_logps` gives, computed once and looked up by index in every step."""
+def rows_logps(model, rows, batch_size):
+    """What `rows_logps_with_grad` gives, computed once and looked up by index in every step."""
     with evaluating(model):
-        return response_logps(model, rows, batch_size)
+        return rows_logps_with_grad(model, rows, batch_size)
 
 
 @torch.no_grad()
-def cached_values(kind, teacher, teacher_ref, rows, beta, batch_size):
+def state_values(kind, teacher, teacher_ref, rows, beta, batch_size):
     """The teacher's value of every state of every row, one float a token: a list of (tokens,).
 
     kind: "implicit" or "logits" (tvkd.implicit_value, tvkd.soft_value); beta: the teacher's.
@@ -342,14 +342,14 @@ def cached_values(kind, teacher, teacher_ref, rows, beta, batch_size):
             soft = soft_value(teacher(tokens, states), beta)                # (n,)
             batch = soft.new_zeros(states.shape).masked_scatter(states, soft)       # (B, T+1)
         else:
-            batch = implicit_value(score(teacher, tokens, mask), score(teacher_ref, tokens, mask),
-                                   mask, beta)                              # (B, T+1)
+            logps, ref_logps = (response_logps(m, tokens, mask) for m in (teacher, teacher_ref))
+            batch = implicit_value(logps, ref_logps, mask, beta)                # (B, T+1)
         for i, value in zip(ids, batch.cpu()):
             values[i] = value[:len(rows[i].prompt) + len(rows[i].response)].clone()     # no padding
     return values
 
 
-def cached_psi(values, rows, gamma, terminal):
+def action_psi(values, rows, gamma, terminal):
     """psi of every action: values, a list of (tokens,), -> (len(rows), T), 0 outside the response.
 
     In float64 on the CPU: float32 sums would leave rounding errors where psi should cancel
@@ -365,6 +365,6 @@ def summed_psi(values, rows, gamma, terminal, at_once=1000):
 
     at_once: rows padded to one width at a time, so that memory does not grow with the rows.
     """
-    sums = [cached_psi(values[i:i + at_once], rows[i:i + at_once], gamma, terminal).sum(-1)
+    sums = [action_psi(values[i:i + at_once], rows[i:i + at_once], gamma, terminal).sum(-1)
             for i in range(0, len(rows), at_once)]
     return torch.cat(sums).float()

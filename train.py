@@ -35,13 +35,13 @@ from harness.keep import Keep, refuse_inside
 from harness.options import in_bfloat16, parse_args, pick_device
 from harness.outcome import Outcome, exit_code
 from harness.preferences import load_pairs
-from harness.processes import is_first, rank_and_world, together, two_at_once, two_halves
+from harness.processes import is_first, rank_and_world, joined_processes, two_at_once, two_halves
 from harness.progress import Progress, ctrl_c_held
 from harness.table import Row
 from harness.texts import load_task
 from harness.weights import pretrained
-from model import (GPT, GPTConfig, batches, both_responses, cached_values, device_of, frozen,
-                   part_size, response_logps, score, summed_psi, tokens_in)
+from model import (GPT, GPTConfig, batches, both_responses, state_values, device_of, frozen_copy,
+                   part_size, rows_logps_with_grad, response_logps, summed_psi, tokens_in)
 from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
 
 # --------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class Likelihood:
         rows, loss = self.rows(ids.tolist()), 0
         for _, tokens, mask in batches(rows, part_size(rows), ids.device):
             # The mean over tokens times their number: back to a sum.
-            loss = loss + nll_loss(score(model, tokens, mask), mask) * mask.sum()
+            loss = loss + nll_loss(response_logps(model, tokens, mask), mask) * mask.sum()
         return {"loss": loss, "n": sum(len(r.response) for r in rows), "tokens": tokens_in(rows)}
 
 
@@ -124,7 +124,7 @@ class TVKD(OfPairs):
 
 def four_logps(model, both, ref_logps):
     """log pi(y_w|x), log pi(y_l|x) of the policy, then of the reference: four of (B,), nats."""
-    logps = response_logps(model, both, part_size(both))                        # (2B,)
+    logps = rows_logps_with_grad(model, both, part_size(both))                        # (2B,)
     return *logps.chunk(2), *ref_logps
 
 
@@ -199,7 +199,7 @@ def fit(start, loss, recipe, seed, loss_at_start=None, validate=None, progress=N
     if loss_at_start:
         first = torch.arange(min(len(loss), recipe.micro_batch or recipe.batch_size), device=device)
         check_start(loss, model, first, loss_at_start(loss, first))
-    order = data.epochs(len(loss), recipe.batch_size, torch.Generator().manual_seed(seed))
+    order = data.shuffled_batches(len(loss), recipe.batch_size, torch.Generator().manual_seed(seed))
     steps_done = progress.go_on_from(model, optimizer)      # 0, unless the stage was interrupted
     for _ in range(steps_done):
         next(order)
@@ -222,7 +222,7 @@ def fit(start, loss, recipe, seed, loss_at_start=None, validate=None, progress=N
                 group["lr"] = recipe.lr * schedule(step, recipe.steps)
             optimizer.step()
             progress.after(step, recipe.steps, total, model, optimizer, validate, interrupted)
-    return frozen(model)
+    return frozen_copy(model)
 
 
 def schedule(step, steps):
@@ -325,7 +325,7 @@ def teacher_psi(kind, config, pairs, teacher, teacher_ref, keep):
     if kind == "given":                                     # read with the pairs, from --data
         return torch.tensor([pair.values for pair in pairs]).T.contiguous()
     both = both_responses(pairs)
-    values = keep(f"values-{kind}", cached_values, kind, teacher, teacher_ref, both,
+    values = keep(f"values-{kind}", state_values, kind, teacher, teacher_ref, both,
                   config.teacher_beta, config.batch_size)   # V of every state, one float a token
     return summed_psi(values, both, config.gamma, config.terminal_of(kind)).view(2, -1)
 
@@ -392,10 +392,10 @@ def experiment(config, seed, task, device, keep):
         return [], {}, []
     fill(rows, {row.label: keep(f"{row.label}.row", measure, models[row.label],
                                 *origins.get(row.label, (student_ref, config.beta)), test,
-                                together=False) for row in rows})
+                                alone=True) for row in rows})
     psi_shown = [keep(f"{row.label}.psi", psi_of_pairs, row.value, row.terminal, config.gamma,
                       teacher, teacher_ref, config.teacher_beta, models[row.label], student_ref,
-                      config.beta, test, together=False)
+                      config.beta, test, alone=True)
                  for row in rows if row.value in ("implicit", "logits")]
     return rows, models, psi_shown
 
@@ -412,7 +412,7 @@ def run(argv):
     if config.ask or config.score or config.export:
         use_run(config, device)
         return
-    with together(device) as device:
+    with joined_processes(device) as device:
         for option in ("data", "teacher_init", "student_init"):
             refuse_inside(option, getattr(config, option), config.out)
         # Read once: a file that changes between two seeds must not be mixed.

@@ -55,8 +55,8 @@ from harness.options import Config, parse_args
 from harness.preferences import load_pairs
 from harness.processes import two_halves
 from harness.texts import load_task
-from model import (GPT, GPTConfig, batches, both_responses, cached_values, frozen, response_logps,
-                   score, summed_psi)
+from model import (GPT, GPTConfig, batches, both_responses, frozen_copy, response_logps,
+                   rows_logps_with_grad, state_values, summed_psi)
 from train import DPO, TVKD, Likelihood, OfPairs, part_size, tokens_in
 
 ROOT, CPU, GIB = Path(__file__).resolve().parent.parent, torch.device("cpu"), 2 ** 30
@@ -149,7 +149,7 @@ class UncachedDPO(OfPairs):
     def __call__(self, model, ids):
         rows = self.rows(ids.tolist())
         with torch.no_grad():
-            ref_logps = response_logps(self.ref, rows, part_size(rows)).view(2, -1)
+            ref_logps = rows_logps_with_grad(self.ref, rows, part_size(rows)).view(2, -1)
         of_batch = [self.pairs[i] for i in ids.tolist()]
         return DPO(of_batch, ref_logps, 1.0)(model, torch.arange(len(of_batch)))
 
@@ -168,7 +168,7 @@ def whole_gradient(model, network, loss, ids, micro_batch):
 
 def of_a_step(student, pairs, repeats):
     """What a step costs beside another step on the same pairs."""
-    losses = *dpo_and_tvkd(pairs), UncachedDPO(pairs, frozen(student))
+    losses = *dpo_and_tvkd(pairs), UncachedDPO(pairs, frozen_copy(student))
     dpo, tvkd, uncached = (Step(deepcopy(student), loss, len(pairs)) for loss in losses)
     plain = Step(deepcopy(student), partial(plain_lm, both_responses(pairs)), len(pairs),
                  whole_gradient)
@@ -238,7 +238,7 @@ def forward(models, inputs):
 def of_values(teacher, teacher_ref, pairs, repeats, batch_size):
     rows = both_responses(pairs)
     inputs = [(tokens, F.pad(mask, (0, 1))) for _, tokens, mask in batches(rows, batch_size, CPU)]
-    values = partial(cached_values, "implicit", teacher, teacher_ref, rows, 1.0, batch_size)
+    values = partial(state_values, "implicit", teacher, teacher_ref, rows, 1.0, batch_size)
     yield ("precompute_over_forward",
            ratio(repeats, values, partial(forward, (teacher, teacher_ref), inputs)),
            "the teacher's values over bare forward passes of it and its reference")
@@ -290,7 +290,8 @@ def of_padding(path):
     config = parse_args([f"--data={path}"], train.METHODS)
     with redirect_stdout(io.StringIO()):
         pairs = load_task(config, config.seed, load_pairs(path)).ids.train
-    order = data.epochs(len(pairs), config.batch_size, torch.Generator().manual_seed(config.seed))
+    order = data.shuffled_batches(len(pairs), config.batch_size,
+                                  torch.Generator().manual_seed(config.seed))
     epoch = list(itertools.islice(order, math.ceil(len(pairs) / config.batch_size)))
     halves = [half for ids in epoch for half in two_halves(OfPairs(pairs), ids) if len(half)]
     in_parts, whole = (padding(pairs, shares, size)
@@ -373,16 +374,17 @@ def score_everywhere(model, tokens, mask):
     return torch.where(mask, logps.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1), 0.0)
 
 
-def peak_of_gradient(model, loss, n, score=score, part_size=part_size):
+def peak_of_gradient(model, loss, n, response_logps=response_logps, part_size=part_size):
     model.zero_grad(set_to_none=True)
-    with patch.object(scoring, "score", score), patch.object(train, "part_size", part_size):
+    with patch.object(scoring, "response_logps", response_logps), \
+            patch.object(train, "part_size", part_size):
         return peak_bytes(partial(train.gradient, model, model, loss, torch.arange(n), 0))
 
 
 def of_memory(teacher, pairs, quick):
     """What is counted, on one thread."""
     rows = both_responses(pairs)
-    values = cached_values("implicit", teacher, teacher, rows, 1.0, len(rows))
+    values = state_values("implicit", teacher, teacher, rows, 1.0, len(rows))
     yield ("teacher_bytes_per_token", sum(value.nbytes for value in values) / tokens_in(rows),
            "stored of the teacher's values for a token of a pair")
     V, T, B, C = (5000, 128, 6, 8) if quick else (50257, 128, 6, 64)
@@ -451,7 +453,7 @@ def of_large(device, quick):
     teacher, teacher_ref, ref = (GPT(config).to(device).requires_grad_(False)
                                  for config in (medium, medium, small))
     start = time.perf_counter()
-    values = cached_values("implicit", teacher, teacher_ref, rows, 1.0, 8)
+    values = state_values("implicit", teacher, teacher_ref, rows, 1.0, 8)
     precomputing = time.perf_counter() - start
     psi = summed_psi(values, rows, 1.0, "value").view(2, -1).to(device)
     ref_logps = pair_logps(ref, pairs, 8)
@@ -482,7 +484,7 @@ def run_of_pairs(n):
     model = GPT(GPTConfig(task.tokenizer.n_vocab, config.block_size, 1, 1, 8))
     pairs, start = task.ids.train, time.perf_counter()
     rows = both_responses(pairs)
-    values = cached_values("implicit", model, model, rows, 1.0, 64)
+    values = state_values("implicit", model, model, rows, 1.0, 64)
     psi = summed_psi(values, rows, 1.0, "value").view(2, -1)
     ref_logps = pair_logps(model, pairs, 64)
     precomputing = time.perf_counter() - start
@@ -530,7 +532,7 @@ def measured(args):
     yield from in_columns(THREADS, of_a_step, student, pairs, repeats)
     if CORES > 1:
         yield from in_columns([2], of_two_threads, config, student, teacher, ids, n, repeats // 2)
-    yield from in_columns(THREADS, of_values, teacher, frozen(teacher), ids.train[:4 * n],
+    yield from in_columns(THREADS, of_values, teacher, frozen_copy(teacher), ids.train[:4 * n],
                           repeats // 2, config.batch_size)
     yield from in_columns(THREADS, of_generate, longer, B, tokens)
     yield from in_columns(THREADS, of_matmuls, teacher, pairs, repeats // 2)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import data
 from harness.evaluate import evaluate, is_correct, pair_logps, sample, spoken, token_kinds
-from model import batches, both_responses, cached_psi, cached_values, device_of, summed_psi
+from model import batches, both_responses, action_psi, state_values, device_of, summed_psi
 from train import (DPO, KD, TVKD, Likelihood, OfPairs, fit, four_logps, part_size,
                    teacher_answers, tokens_in, with_metrics)
 from tvkd import action_logps, dpo_loss
@@ -289,7 +289,7 @@ def psi_of(cell, config, pairs, teacher, teacher_ref):
     if "normalised" in words:
         teacher, beta = Normalised(teacher, cell.dose), cell.dose
     rows = both_responses(pairs)
-    values = cached_values(cell.value, teacher, teacher_ref, rows, beta, config.batch_size)
+    values = state_values(cell.value, teacher, teacher_ref, rows, beta, config.batch_size)
     return summed_psi(values, rows, config.gamma, cell.terminal).view(2, -1)
 
 
@@ -347,8 +347,8 @@ def knows(kind, terminal, teacher, teacher_ref, held_out, beta):
     often their signs do, where the truth differs; words: mean psi of the words of each kind.
     """
     started, rows = time.perf_counter(), both_responses(held_out.pairs)
-    values = cached_values(kind, teacher, teacher_ref, rows, beta, held_out.batch_size)
-    psi, texts = cached_psi(values, rows, 1.0, terminal), held_out.texts        # (2 pairs, T)
+    values = state_values(kind, teacher, teacher_ref, rows, beta, held_out.batch_size)
+    psi, texts = action_psi(values, rows, 1.0, terminal), held_out.texts        # (2 pairs, T)
     chosen, rejected = psi.sum(-1).view(2, -1)
     truth = torch.tensor([data.reward(p.prompt, p.chosen) - data.reward(p.prompt, p.rejected)
                           for p in texts]).double()

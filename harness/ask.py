@@ -13,13 +13,13 @@ from data import UserError, printable
 from harness.evaluate import is_correct, pair_logps, reward_margins, sample, spoken
 from harness.keep import (digest_of_tokenizer, file_of, lock, read, refuse_inside, refuse_others,
                           write)
-from harness.preferences import load_pairs, progress
+from harness.preferences import load_pairs, counted
 from harness.processes import under_torchrun
 from harness.report import RESULTS, check
 from harness.table import Row
 from harness.tokenizers import load_tokenizer, named_tokenizer
 from harness.weights import export_model
-from model import batches, both_responses, device_of, from_content, frozen, score
+from model import batches, both_responses, device_of, from_content, frozen_copy, response_logps
 
 ANSWERS, SPACE = 3, "\u2423"
 WORD = f"(?:{'|'.join([*data.THINGS, *data.ALL_FACTS])})"
@@ -53,7 +53,7 @@ def load_run(config, device):
             if not re.fullmatch(r"\w[\w .+/-]*", label):
                 raise ValueError(f"rows: expected names of methods, got {label!r:.60}")
         stages = labels + ["teacher-sft"] * ("teacher" in labels)
-        models = {name: frozen(from_content(read(folder / file_of(name)))).to(device)
+        models = {name: frozen_copy(from_content(read(folder / file_of(name)))).to(device)
                   for name in stages}
         for name, model in models.items():
             sizes = model.config.vocab_size, model.config.block_size
@@ -146,7 +146,8 @@ def token_logratios(model, ref, rows):
     """log pi(a_t|s_t) / pi_ref(a_t|s_t) of the response tokens of each row: lists of nats."""
     logratios = [None] * len(rows)
     for ids, tokens, mask in batches(rows, 64, device_of(model)):
-        batch = score(model, tokens, mask) - score(ref, tokens, mask)           # (B, T)
+        batch = (response_logps(model, tokens, mask)
+                 - response_logps(ref, tokens, mask))                           # (B, T)
         for i, logratio, scored in zip(ids, batch, mask):
             logratios[i] = logratio[scored].tolist()
     return logratios
@@ -159,7 +160,7 @@ def score_pairs(pairs, config, past, tokenizer, models, origins):
     teacher's implicit values as "chosen_value" and "rejected_value"; with --tokens the "tokens" as
     text and their "log_ratios". Pairs that do not fit the context are left out.
     """
-    fitting, ids, cut = data.encode(progress(pairs, "tokenised"), tokenizer, past.block_size)
+    fitting, ids, cut = data.encode(counted(pairs, "tokenised"), tokenizer, past.block_size)
     number = {id(pair): i for i, pair in enumerate(pairs)}
     if not fitting:
         raise UserError(f"--score: expected a pair that fits in {past.block_size} tokens in "

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import data
 from harness.numbers import interval, landmarks
 from harness.processes import two_at_once
-from model import (batches, both_responses, cached_logps, cached_psi, cached_values, device_of,
+from model import (batches, both_responses, rows_logps, action_psi, state_values, device_of,
                    evaluating)
 
 SHOWN, SCATTER = 6, 200         # held-out pairs on the report page: token by token, and as points
@@ -125,7 +125,7 @@ def pair_logps(model, pairs, batch_size):
 
 
 def part_logps(model, batch_size, rows):
-    return cached_logps(model, rows, batch_size)
+    return rows_logps(model, rows, batch_size)
 
 
 def evaluate(model, ref, beta, held_out):
@@ -192,9 +192,9 @@ def psi_of_pairs(kind, terminal, gamma, teacher, teacher_ref, teacher_beta, stud
     """
     pairs, texts = held_out.pairs[:SCATTER], held_out.texts[:SCATTER]
     rows, batch_size = both_responses(pairs), held_out.batch_size
-    values = cached_values(kind, teacher, teacher_ref, rows, teacher_beta, batch_size)
+    values = state_values(kind, teacher, teacher_ref, rows, teacher_beta, batch_size)
     margins = cached_margins(student, student_ref, beta, held_out)[:SCATTER].tolist()
-    psi = cached_psi(values, rows, gamma, terminal)
+    psi = action_psi(values, rows, gamma, terminal)
     shown, scatter = [], []
     for i, (text, margin) in enumerate(zip(texts, margins)):
         entry = {"seed": held_out.seed, "value": kind, "margin": margin}

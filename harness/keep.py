@@ -29,7 +29,7 @@ from data import UserError, printable
 from harness.processes import in_all, is_first, rank_and_world
 from harness.progress import Progress
 from harness.tokenizers import tokenizer_text
-from model import GPT, from_content, frozen
+from model import GPT, from_content, frozen_copy
 
 ROOT = Path(__file__).resolve().parent.parent
 # The modules that make weights, values and numbers. The report page is not among them.
@@ -258,14 +258,14 @@ def one_object_each(value, texts):
 
 def unpack(content, device):
     if "model" in content:
-        return frozen(from_content(content)).to(device)
+        return frozen_copy(from_content(content)).to(device)
     if "flat" in content:
         return list(content["flat"].split(content["lengths"]))
     value = content["value"]
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def without_keeping(name, f, *args, together=True, **aside):
+def without_keeping(name, f, *args, alone=False, **aside):
     """The same call as `Keep`, for tests and notebooks: computes and keeps nothing."""
     return f(*args, **aside)
 
@@ -329,17 +329,17 @@ class Keep:
             self.log_file.write(f"{line}\n")
             self.log_file.flush()
 
-    def __call__(self, name, f, *args, together=True, **aside):
+    def __call__(self, name, f, *args, alone=False, **aside):
         """f(*args), computed or read. aside: further arguments that cannot change the result.
 
         With several processes all of them read, or all of them compute; the first one writes.
-        together=False: this process works alone.
+        alone=True: this process works alone.
         """
         self.open()
         key = self.key(f, args)
         path = self.path(name, key)
         content = self.find(path, key, name)
-        agree = in_all if together else bool
+        agree = bool if alone else in_all
         if agree(content is not None):
             path.with_name(path.name + PARTIAL).unlink(missing_ok=True)     # a kill came between
             for line in content["log"]:

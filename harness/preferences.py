@@ -28,7 +28,7 @@ LAYOUTS = ('"prompt", "chosen" and "rejected" as strings or as message lists, or
            'transcripts that begin with the prompt')
 
 
-def progress(items, what):
+def counted(items, what):
     """Yield the items; every SECONDS print how many there were and how fast they come."""
     start = printed = time.perf_counter()
     for count, item in enumerate(items, 1):
@@ -52,7 +52,7 @@ def load_pairs(path, with_values=False):
             raise UserError(f"{path}: expected a readable JSONL file, "
                             "got a folder, a pipe or a device")
         with open(path, "rb") as file:          # as bytes, lines end at \n and nowhere else
-            pairs = list(progress(_pairs(path, file, with_values), path))
+            pairs = list(counted(_pairs(path, file, with_values), path))
     except OSError as error:
         raise UserError(f"{path}: expected a readable JSONL file, got: {error.strerror}") from None
     if not pairs:

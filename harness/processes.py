@@ -74,7 +74,7 @@ def one_by_one(f, items, threads, *args):
 
 
 @contextmanager
-def together(device):
+def joined_processes(device):
     """Join torchrun's processes, if there are any -> the device of this one. Only the first prints.
 
     With GPUs each process takes one of its own.

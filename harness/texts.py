@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import data
 from data import UserError
-from harness.preferences import progress, split_pairs
+from harness.preferences import counted, split_pairs
 from harness.tokenizers import learn_tokenizer, named_tokenizer
 
 
@@ -31,7 +31,7 @@ def load_task(config, seed, pairs=None):
         tokenizer = learn_tokenizer(texts.train, config.vocab_size)
     fitting, ids = [], []
     for name, items in texts._asdict().items():
-        fits, encoded, cut = data.encode(progress(items, "tokenised"), tokenizer, config.block_size)
+        fits, encoded, cut = data.encode(counted(items, "tokenised"), tokenizer, config.block_size)
         if not encoded:
             raise UserError(f"--block_size: expected room for a prompt and a response ({name}), "
                             f"got {config.block_size}")

@@ -290,12 +290,13 @@ def test_collate_by_hand():
 def test_epochs():
     """7 indices in batches of 3: every epoch is a permutation in batches of 3, 3, 1, and a new one;
     seeded."""
-    order = data.epochs(7, 3, torch.Generator().manual_seed(0))
+    order = data.shuffled_batches(7, 3, torch.Generator().manual_seed(0))
     batches = [next(order).tolist() for _ in range(6)]
     assert [len(batch) for batch in batches] == [3, 3, 1, 3, 3, 1]
     first, second = sum(batches[:3], []), sum(batches[3:], [])
     assert sorted(first) == sorted(second) == list(range(7)) and first != second
-    assert next(data.epochs(7, 3, torch.Generator().manual_seed(0))).tolist() == batches[0]
+    order = data.shuffled_batches(7, 3, torch.Generator().manual_seed(0))
+    assert next(order).tolist() == batches[0]
 
 
 # --- what is printed -----------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from harness.evaluate import is_correct, reward_margins
 from harness.options import Recipe
 from harness.processes import two_at_once, two_halves
 from harness.progress import Progress
-from model import (GPT, GPTConfig, both_responses, cached_logps, cached_psi, cached_values, frozen,
-                   score, summed_psi)
+from model import (GPT, GPTConfig, action_psi, both_responses, frozen_copy, response_logps,
+                   rows_logps, state_values, summed_psi)
 from train import (DPO, KD, TVKD, Likelihood, check_start, dpo_loss_at_start, fit, gradient,
                    schedule, tvkd_loss_at_start)
 from tvkd import implicit_value, kd_loss, sequence_logps
@@ -35,12 +35,12 @@ def small():
         torch.manual_seed(seed)
         models.append(GPT(GPTConfig(50, 40, 1, 2, 8)))
     pairs = [Pair([1, 2], list(range(n)), [5] * (31 - n)) for n in (3, 30, 7, 1, 12)]
-    return SimpleNamespace(student=models[0], ref=frozen(models[0]), teacher=frozen(models[1]),
-                           pairs=pairs, both=both_responses(pairs))
+    return SimpleNamespace(student=models[0], ref=frozen_copy(models[0]),
+                           teacher=frozen_copy(models[1]), pairs=pairs, both=both_responses(pairs))
 
 
 def logps_of(model, small):
-    return cached_logps(model, small.both, 3).view(2, -1)
+    return rows_logps(model, small.both, 3).view(2, -1)
 
 
 # --- the losses ----------------------------------------------------------------------------------
@@ -135,15 +135,15 @@ def test_cache_is_the_live_score_of_each_row(small):
     psi sums to V(s_end) - V(s_p), and V(s_p) = 0.
     """
     both = small.both
-    logps = cached_logps(small.ref, both, 3)
-    values = cached_values("implicit", small.teacher, small.ref, both, 0.5, 3)
-    soft = cached_values("logits", small.teacher, small.ref, both, 0.5, 3)
-    psi = cached_psi(values, both, 1.0, "value").sum(-1)
+    logps = rows_logps(small.ref, both, 3)
+    values = state_values("implicit", small.teacher, small.ref, both, 0.5, 3)
+    soft = state_values("logits", small.teacher, small.ref, both, 0.5, 3)
+    psi = action_psi(values, both, 1.0, "value").sum(-1)
     for at_once in (3, 1000):
         close(summed_psi(values, both, 1.0, "value", at_once), psi, 1e-5)
     for i, row in enumerate(both):
         tokens, mask = data.collate([row])
-        ref, teacher = (score(model, tokens, mask) for model in (small.ref, small.teacher))
+        ref, teacher = (response_logps(model, tokens, mask) for model in (small.ref, small.teacher))
         live = implicit_value(teacher, ref, mask, 0.5)[0]
         close(logps[i], sequence_logps(ref, mask)[0], 1e-4)
         close(values[i], live, 1e-4)
@@ -157,7 +157,7 @@ def test_cache_is_the_live_score_of_each_row(small):
 def test_psi_is_summed_in_float64():
     """60 values of size 1e4: with "zero" psi adds up to -V(s_p); float32 would be off by 1e-2."""
     values = 1e4 * torch.randn(2, 62, generator=torch.Generator().manual_seed(0))
-    psi = cached_psi(list(values), [Example([0, 0], [0] * 60)] * 2, 1.0, "zero")
+    psi = action_psi(list(values), [Example([0, 0], [0] * 60)] * 2, 1.0, "zero")
     close(psi.sum(-1), -values[:, 1].double(), 1e-9)
 
 
@@ -345,13 +345,13 @@ def test_clipping_and_no_weight_decay_by_hand():
 
 
 def test_the_seed_orders_the_batches():
-    """Batches of 2 of 5 indices in the order of data.epochs: what two and a half epochs read, one
+    """Batches of 2 of 5 indices in the order of shuffled_batches: two and a half epochs, one
     index at a time."""
     for seed in (0, 1):
         seen = []
         loss = Noting([1.0] * 5, seen)
         fit(one_weight(), loss, Recipe(5, 0.1, 2, micro_batch=1), seed)
-        order = data.epochs(5, 2, torch.Generator().manual_seed(seed))
+        order = data.shuffled_batches(5, 2, torch.Generator().manual_seed(seed))
         assert sum(seen, []) == sum((next(order).tolist() for _ in range(5)), [])
 
 
@@ -433,7 +433,7 @@ def fail_at(bad, ended, item):
 def test_training_moves_the_policy_alone(small):
     """After 3 TVKD steps the student has moved. Its start, the reference and the teacher have not,
     took no gradient, and the trained student is frozen itself."""
-    values = cached_values("logits", small.teacher, small.ref, small.both, 1.0, 8)
+    values = state_values("logits", small.teacher, small.ref, small.both, 1.0, 8)
     psi = summed_psi(values, small.both, 1.0, "hold").view(2, -1)
     still = (small.student, small.ref, small.teacher)
     before = [copy.deepcopy(model.state_dict()) for model in still]

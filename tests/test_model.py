@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import close
-from model import GPT, GPTConfig, draw, evaluating, from_content, frozen
+from model import GPT, GPTConfig, draw, evaluating, from_content, frozen_copy
 
 EOS = 10
 
@@ -143,7 +143,7 @@ def test_tie_survives_a_copy_and_nothing_is_shared():
 
 def test_frozen_is_a_copy_that_takes_no_gradient():
     model = tiny(dropout=0.5).train()
-    copied = frozen(model)
+    copied = frozen_copy(model)
     assert not copied.training and not any(p.requires_grad for p in copied.parameters())
     assert model.training and all(p.requires_grad for p in model.parameters())
     with torch.no_grad():

@@ -21,7 +21,7 @@ from harness import tokenizers
 from harness.progress import Progress
 from harness.table import interval
 from harness.texts import load_task
-from model import GPT, both_responses, response_logps, score
+from model import GPT, both_responses, rows_logps_with_grad, response_logps
 from small_run import SMALL
 from tvkd import kd_loss, nll_loss
 
@@ -40,7 +40,7 @@ class Recorder:
     def __init__(self):
         self.args, self.results, self.lines = {}, {}, {}
 
-    def __call__(self, name, f, *args, together=True, **aside):
+    def __call__(self, name, f, *args, alone=False, **aside):
         if f is train.fit:
             progress = Progress(name, SEED, log_interval=1, eval_interval=2)
             aside["progress"] = progress
@@ -62,12 +62,13 @@ def wired():
 
 def first_batch(rows):
     """The rows of step 1: the order of the batches depends on the seed alone."""
-    return [rows[i] for i in next(data.epochs(len(rows), 8, torch.Generator().manual_seed(SEED)))]
+    order = data.shuffled_batches(len(rows), 8, torch.Generator().manual_seed(SEED))
+    return [rows[i] for i in next(order)]
 
 
 def mean_nll(model, rows):
     tokens, mask = data.collate(rows)
-    return nll_loss(score(model, tokens, mask), mask).item()
+    return nll_loss(response_logps(model, tokens, mask), mask).item()
 
 
 def test_where_each_stage_starts_and_how_it_is_trained(wired):
@@ -109,7 +110,7 @@ def test_teacher_learns_from_all_pairs_and_the_student_from_its_share(wired):
     """Step 1's mean log-probs: of 8 of the 24 pairs for the teacher, of the student's 5 pairs."""
     for stage, ref, pairs in (("teacher-dpo", "teacher-sft", first_batch(wired.task.ids.train)),
                               ("dpo", "student-sft", wired.pairs)):
-        logps = response_logps(wired.stages[ref], both_responses(pairs), 100)
+        logps = rows_logps_with_grad(wired.stages[ref], both_responses(pairs), 100)
         line = wired.lines[stage][0]
         for name, expected in zip(("chosen", "rejected"), logps.view(2, -1).mean(1)):
             close(line[f"ref_{name}"], expected, 1e-3)
@@ -134,7 +135,7 @@ def test_tvkd_reads_the_teachers_values(wired):
     sums = {"tvkd implicit/value": [], "tvkd logits/hold": []}
     for row in wired.both:
         tokens, mask = data.collate([row])
-        ratios = (score(teacher, tokens, mask) - score(ref, tokens, mask))[mask]
+        ratios = (response_logps(teacher, tokens, mask) - response_logps(ref, tokens, mask))[mask]
         implicit = [TEACHER_BETA * ratios[:t].sum().item() for t in range(len(ratios) + 1)]
         soft = TEACHER_BETA * teacher(tokens)[0].logsumexp(-1)
         soft = soft[len(row.prompt) - 1:-1].tolist()                # s_p to s_end-1

@@ -20,7 +20,7 @@ from evidence import cells, controls, figures, records, run, tables
 from evidence.cells import Cell, Experiment, with_options
 from harness.options import Config
 from harness.texts import load_task
-from model import GPT, GPTConfig, both_responses, cached_logps, cached_psi, cached_values, frozen
+from model import GPT, GPTConfig, both_responses, rows_logps, action_psi, state_values, frozen_copy
 from train import DPO
 from tvkd import kd_loss
 
@@ -83,7 +83,7 @@ def test_a_soft_label_reads_the_whole_difference(loss_of, stages):
     soft = loss_of(cells.SOFT)
     teacher_ref, teacher = stages.teacher("", Config(**TINY))
     both = both_responses(soft.pairs)
-    gaps = (cached_logps(teacher, both, 4) - cached_logps(teacher_ref, both, 4)).view(2, -1)
+    gaps = (rows_logps(teacher, both, 4) - rows_logps(teacher_ref, both, 4)).view(2, -1)
     assert (gaps[0] - gaps[1]).abs().max() > 0.1
     close(soft.probability, (gaps[0] - gaps[1]).sigmoid(), 1e-4)
     close(loss_of(cells.TVKD).psi, gaps, 1e-4)
@@ -93,7 +93,7 @@ def test_soft_dpo_is_a_share_of_dpo(models):
     """At policy = reference ln 2 for every p, with gradient (1/2 - p) of the margin: p = 3/4 turns
     DPO's -1/2 into -1/4, p = 1/2 into 0, p = 1 is DPO itself."""
     student, _, pairs = models
-    ref_logps = cached_logps(frozen(student), both_responses(pairs), 2).view(2, -1)
+    ref_logps = rows_logps(frozen_copy(student), both_responses(pairs), 2).view(2, -1)
     dpo = gradient(student, DPO(pairs, ref_logps, 2.0))
     for p, share in ((1.0, 1.0), (0.75, 0.5), (0.5, 0.0), (0.0, -1.0)):
         soft = controls.SoftDPO(pairs, ref_logps, torch.full((6,), p), 2.0)
@@ -110,7 +110,7 @@ def test_soft_dpo_away_from_the_reference(models):
     """Reference log-probs moved so that every margin is ln 3: -p ln(3/4) - (1 - p) ln(1/4) at
     p = 3/4 is ln 4 - 3/4 ln 3 = .562335."""
     student, _, pairs = models
-    logps = cached_logps(student, both_responses(pairs), 12).view(2, -1)
+    logps = rows_logps(student, both_responses(pairs), 12).view(2, -1)
     logps[0] -= math.log(3)
     soft = controls.SoftDPO(pairs, logps, torch.full((6,), 0.75), 1.0)
     close(soft(student, torch.arange(6))["loss"].detach(), 6 * 0.562335, 1e-4)
@@ -208,14 +208,14 @@ def test_gauge_moves_the_logits_value_and_nothing_else(models):
     controls.check_same_policy(controls.Gauge(teacher, 0.0), moved[0], pairs, 4)
     with pytest.raises(RuntimeError, match="gauge: expected the same policy"):
         controls.check_same_policy(controls.Gauge(teacher, 0.0), moved[1], pairs, 4)
-    before, after = (cached_values("implicit", *both, rows, 2.0, 4)
+    before, after = (state_values("implicit", *both, rows, 2.0, 4)
                      for both in ((teacher, student), moved))
     for old, new in zip(before, after):
         close(new.float(), old, 1e-4)
-    before, after = (cached_values("logits", *both, rows, 2.0, 4)
+    before, after = (state_values("logits", *both, rows, 2.0, 4)
                      for both in ((teacher, student), moved))
     for terminal, less in (("value", 0), ("hold", 1)):
-        old, new = (cached_psi(values, rows, 1.0, terminal).sum(-1) for values in (before, after))
+        old, new = (action_psi(values, rows, 1.0, terminal).sum(-1) for values in (before, after))
         close(new - old, [len(row.response) - less for row in rows], 1e-3)
 
 
@@ -227,11 +227,11 @@ def test_values_of_normalised_log_probs(models):
     for temperature, low, high in ((1, -1e-9, 1e-9), (2, 0.5, math.log(student.config.vocab_size))):
         wrapped = controls.Normalised(student, temperature)
         values = torch.cat([value[len(row.prompt) - 1:] for row, value in zip(
-            rows, cached_values("logits", wrapped, None, rows, temperature, 4))])
+            rows, state_values("logits", wrapped, None, rows, temperature, 4))])
         assert low <= values.min() and values.max() <= high
     student.lm_head.weight.data.zero_()
     wrapped = controls.Normalised(student, 2)
-    close(cached_values("logits", wrapped, None, rows[:1], 2, 4)[0][-1],
+    close(state_values("logits", wrapped, None, rows[:1], 2, 4)[0][-1],
           math.log(student.config.vocab_size), 1e-6)
 
 
@@ -290,7 +290,7 @@ def test_next_entropy_loss(models):
 def test_sum_of_two_losses(models):
     """The mean of one and the mean of the other: DPO's is over 6 pairs, KD's over tokens."""
     student, teacher, pairs = models
-    ref_logps = cached_logps(student, both_responses(pairs), 12).view(2, -1)
+    ref_logps = rows_logps(student, both_responses(pairs), 12).view(2, -1)
     dpo, ids = DPO(pairs, ref_logps, 1.0), torch.arange(6)
     kd = controls.KD(pairs, teacher)
     means = [loss(student, ids)["loss"] / loss(student, ids)["n"] for loss in (kd, dpo)]

@@ -18,7 +18,7 @@ import train
 from conftest import ROOT, close
 from data import Example, Pair
 from harness.tokenizers import learn_tokenizer
-from model import GPT, GPTConfig, both_responses, cached_logps, cached_values, summed_psi
+from model import GPT, GPTConfig, both_responses, rows_logps, state_values, summed_psi
 from tvkd import tvkd_loss
 
 PAGE = (ROOT / "docs/own-trainer.md").read_text(encoding="utf-8")
@@ -85,9 +85,9 @@ def losses_of_train_py(pairs, models, beta, alpha, teacher_beta, steps, lr):
     (teacher, teacher_tokenizer), (teacher_ref, _) = models["teacher-dpo"], models["teacher-sft"]
     student_pairs = as_ids(pairs, tokenizer)
     rows = both_responses(as_ids(pairs, teacher_tokenizer))
-    values = cached_values("implicit", teacher, teacher_ref, rows, teacher_beta, 8)
+    values = state_values("implicit", teacher, teacher_ref, rows, teacher_beta, 8)
     psi = summed_psi(values, rows, 1.0, "value").view(2, -1)
-    ref_logps = cached_logps(student, both_responses(student_pairs), 8).view(2, -1)
+    ref_logps = rows_logps(student, both_responses(student_pairs), 8).view(2, -1)
     loss = train.TVKD(student_pairs, ref_logps, psi, beta, alpha)
     optimizer, losses = torch.optim.AdamW(student.parameters(), lr=lr), []
     for _ in range(steps):

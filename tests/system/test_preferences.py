@@ -304,14 +304,14 @@ def test_progress(tmp_path, monkeypatch, capsys):
     examples = [Example("a", "b")] * 7
     tokenizer = learn_tokenizer(examples, 257)
     monkeypatch.setattr(preferences, "time", SimpleNamespace(perf_counter=lambda: 2.5))
-    encode(preferences.progress(examples, "tokenised"), tokenizer, 64)
+    encode(preferences.counted(examples, "tokenised"), tokenizer, 64)
     assert len(load_pairs(path)) == 7 and capsys.readouterr().out == ""
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
     monkeypatch.setattr(preferences, "time", clock)
     assert len(load_pairs(path)) == 7
     assert capsys.readouterr().out == (f"  {path}: 3 pairs, 1 pairs/s\n"
                                        f"  {path}: 6 pairs, 1 pairs/s\n")
-    assert len(encode(preferences.progress(examples, "tokenised"), tokenizer, 64)[1]) == 7
+    assert len(encode(preferences.counted(examples, "tokenised"), tokenizer, 64)[1]) == 7
     assert capsys.readouterr().out == ("  tokenised: 3 examples, 1 examples/s\n"
                                        "  tokenised: 6 examples, 1 examples/s\n")
 

@@ -29,7 +29,7 @@ from harness.options import Config, parse_args
 from harness.outcome import exit_code, without_nan
 from harness.texts import load_task
 from harness.weights import pretrained
-from model import GPT, GPTConfig, both_responses, cached_logps
+from model import GPT, GPTConfig, both_responses, rows_logps
 from small_run import SMALL, TINY, refused, rows_of, run, write_pairs
 
 LABELS = ["teacher", "sft", "bc", "kd", "dpo", "tvkd implicit/value", "tvkd logits/hold"]
@@ -529,7 +529,7 @@ def test_pair_logps_in_two_halves(monkeypatch):
     model = GPT(GPTConfig(9, 16, 1, 1, 8, dropout=0.5)).train()
     for n in (1, 3):
         pairs = [Pair([1 + i], [2 + i, 0], [3, 4 + i, 5, 0]) for i in range(n)]
-        chosen, rejected = cached_logps(model, both_responses(pairs), 8).chunk(2)
+        chosen, rejected = rows_logps(model, both_responses(pairs), 8).chunk(2)
         logps = evaluate.pair_logps(model, pairs, 8)
         close(logps[0], chosen, 1e-5)
         close(logps[1], rejected, 1e-5)

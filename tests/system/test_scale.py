@@ -20,8 +20,8 @@ from conftest import ROOT, close
 from data import Example, UserError
 from harness import evaluate, keep, outcome
 from harness.options import in_bfloat16, parse_args
-from harness.processes import in_all, rank_and_world, together
-from model import GPT, GPTConfig, score
+from harness.processes import in_all, rank_and_world, joined_processes
+from model import GPT, GPTConfig, response_logps
 from small_run import TINY, log_of, rows_of, run
 from test_keep import AfterStep
 
@@ -147,7 +147,7 @@ def test_without_torchrun_a_process_is_alone(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    with together(CPU) as device:
+    with joined_processes(CPU) as device:
         assert device == CPU and rank_and_world() == (0, 1) and in_all(True) and not in_all(False)
 
 
@@ -156,7 +156,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="--nproc_per_node: expected at most the 1 GPUs"):
-        with together(torch.device("cuda")):
+        with joined_processes(torch.device("cuda")):
             pass
 
 
@@ -197,13 +197,13 @@ def test_bfloat16_keeps_log_probs_in_float32():
     torch.manual_seed(0)
     model, inside = GPT(GPTConfig(50, 40, 2, 2, 16)), []
     tokens, mask = data.collate([Example([1, 2, 3], [4, 5, 0])])
-    exact = score(model, tokens, mask)
+    exact = response_logps(model, tokens, mask)
     model.config.bfloat16 = True
     model.transformer.h[0].mlp.c_fc.register_forward_hook(
         lambda module, given, result: inside.append(result.dtype))
     assert model(tokens).dtype == model.lm_head.weight.dtype == torch.float32
     assert inside == [torch.bfloat16]
-    rounded = score(model, tokens, mask)
+    rounded = response_logps(model, tokens, mask)
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.1
     assert len(model.generate([[1, 2, 3]], 5, eos=49)) == 1
 
