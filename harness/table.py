@@ -31,6 +31,13 @@ class Row:
         """The row's name in the table: "dpo", "tvkd implicit/value"."""
         return f"{self.method} {self.value}/{self.terminal}" if self.value else self.method
 
+    @classmethod
+    def of(cls, label, seed):
+        """The row with this label, still without numbers."""
+        method, _, kind = label.partition(" ")
+        value, _, terminal = kind.partition("/")
+        return cls(method, value or None, terminal or None, seed)
+
     def flat(self):
         """One flat dict, as it stands in results.json."""
         return {"method": self.method, "value": self.value, "terminal": self.terminal,

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from data import UserError
-from harness.keep import load_safely, write
+from harness.files import load_safely, write
 from harness.tokenizers import tokenizer_text
 from model import GPT, GPTConfig
 
