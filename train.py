@@ -33,13 +33,13 @@ import torch
 import torch.nn.functional as F
 
 import data
-from data import CheckFailed, Example, collate
+from data import CheckFailed, Example
 from harness.command import command_line, new_model
 from harness.evaluate import HeldOut, Validation, all_pair_logps, is_correct, sample
 from harness.progress import Progress
 from harness.steps import gradient
-from model import (GPT, both_responses, device_of, pair_logps, response_logps, state_values,
-                   summed_psi)
+from model import (GPT, batches, both_responses, device_of, pair_logps, response_logps,
+                   state_values, summed_psi)
 from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
 
 # --------------------------------------------------------------------------------------------------
@@ -61,10 +61,11 @@ class Likelihood:
         return [[len(row.prompt) + len(row.response) for row in rows] for rows in self.answers]
 
     def __call__(self, model, ids):
-        rows = [row for i in ids for row in self.answers[i]]
-        tokens, mask = collate(rows, device_of(model))                  # (B, T+1), (B, T)
-        loss, n = nll_loss(response_logps(model, tokens, mask), mask), mask.sum()
-        return {"loss": loss * n, "n": n, "tokens": sum(sum(self.lengths[i]) for i in ids)}
+        rows, loss = [row for i in ids for row in self.answers[i]], 0
+        for _, tokens, mask in batches(rows, len(ids), device_of(model)):
+            loss = loss + nll_loss(response_logps(model, tokens, mask), mask) * mask.sum()
+        return {"loss": loss, "n": sum(len(row.response) for row in rows),
+                "tokens": sum(sum(self.lengths[i]) for i in ids)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +81,6 @@ class OfPairs:
         return [[len(pair.prompt) + len(y) for y in (pair.chosen, pair.rejected)]
                 for pair in self.pairs]
 
-    def rows(self, ids):
-        return [self.pairs[i] for i in ids]
-
 
 @dataclass(frozen=True, eq=False)
 class KD(OfPairs):
@@ -90,11 +88,13 @@ class KD(OfPairs):
     teacher: GPT
 
     def __call__(self, model, ids):
-        tokens, mask = collate(both_responses(self.rows(ids)), device_of(model))
-        with torch.no_grad():           # in every step: V floats a token are too many to keep
-            teacher_logits = self.teacher(tokens)                               # (2B, T+1, V)
-        loss, n = kd_loss(model(tokens), teacher_logits, mask), mask.sum()
-        return {"loss": loss * n, "n": n, "tokens": sum(sum(self.lengths[i]) for i in ids)}
+        rows, loss = both_responses([self.pairs[i] for i in ids]), 0
+        for _, tokens, mask in batches(rows, len(ids), device_of(model)):
+            with torch.no_grad():       # in every step: V floats a token are too many to keep
+                teacher_logits = self.teacher(tokens)                           # (B, T+1, V)
+            loss = loss + kd_loss(model(tokens), teacher_logits, mask) * mask.sum()
+        return {"loss": loss, "n": sum(len(row.response) for row in rows),
+                "tokens": sum(sum(self.lengths[i]) for i in ids)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,8 @@ class DPO(OfPairs):
         return torch.full((len(ids),), math.log(2))
 
     def __call__(self, model, ids):
-        logps, ref = pair_logps(model, self.rows(ids)), self.ref_logps[:, ids]      # (2, B) each
+        logps = pair_logps(model, [self.pairs[i] for i in ids])                 # (2, B)
+        ref = self.ref_logps[:, ids]                                            # (2, B)
         chosen, rejected = (logps - ref).detach()                               # log-ratios (B,)
         margins = self.beta * (chosen - rejected)
         return {"loss": self.losses(logps, ids).sum(), "n": len(ids),
