@@ -8,6 +8,7 @@ data": all pairs are compared, labels come from Bradley-Terry on r, and a tabula
 
 import ast
 import functools
+import itertools
 import math
 import re
 from pathlib import Path
@@ -41,8 +42,8 @@ TEACHER_VALUE, _, TEACHER = TREE.solve(TEACHER_REF, rewarded(TREE, U))      # op
 
 
 def pair_indices(n):
-    """Every ordered pair of n responses: w, l."""
-    return torch.tensor([(i, j) for i in range(n) for j in range(n) if i != j]).T
+    """w, l of every ordered pair of n responses."""
+    return torch.tensor(list(itertools.permutations(range(n), 2))).T
 
 
 def differences(scores):
@@ -76,10 +77,6 @@ def loss_and_gradient(loss, policy, ref, *options):
     policy = policy.clone().requires_grad_()
     losses = loss(*policy, *ref, *options)
     return losses.detach(), torch.autograd.grad(losses.sum(), policy)[0]
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
 
 
 # --- the Bellman equation and the two values ------------------------------------------------------
@@ -144,10 +141,9 @@ def test_with_a_true_value_tvkd_is_dpo():
 
 @pytest.mark.parametrize("compared, flat", [((0, 1, 2, 3), 1), ((0, 1, 3), 2)])
 def test_the_loss_is_convex_with_its_minimum_at_the_optimum(compared, flat):
-    """Five answers, r and u at random; answer i meets i + 1, both labels with their probability. At
-    log-ratios (r + alpha u) / beta the gradient is 0. Elsewhere the Hessian has one eigenvalue 0, a
-    constant of the prompt, and none below. Without the pair 2, 3 a second direction is flat: the
-    two groups of answers may shift against each other."""
+    """Five answers, random r and u; answer i meets i + 1. At log-ratios (r + alpha u) / beta the
+    gradient is 0. Elsewhere the Hessian has one eigenvalue 0, a constant of the prompt, and none
+    below. Without the pair 2, 3 two groups of answers may shift: a second direction is flat."""
     r, u, elsewhere = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).double()
     first = torch.tensor(compared)
     w, l = torch.cat([first, first + 1]), torch.cat([first + 1, first])
@@ -166,9 +162,8 @@ def loss_of_log_ratios(labels, w, l, u, ratios):
 # --- gamma below 1 --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("gamma, rows, sums", [
-    (0.5, [[-1, -1, -1], [-1]], [2, 1]),            # one sign: 1 + (1+1)/2, length pays
-    (0.5, [[1, 1, -1], [1]], [-1, -1]),             # two signs: -1 - (1-1)/2, neither
-    (0.9, [[2, 50], [2, .1, .1, .1, .1]], [-7, -2.04]),     # -2 - 5; -2 - .04: the longer costs less
+    (0.5, [[1, 1, 1], [1]], [-2, -1]),                      # -1 - (1+1)/2: length costs
+    (0.9, [[2, 50], [2, .1, .1, .1, .1]], [-7, -2.04]),     # -2 - 5; -2 - .04: it does not
 ])
 def test_gamma_is_a_length_bias_by_tendency_only(gamma, rows, sums):
     """Terminal "zero": the plain sum is -Phi(s_p) - (1 - gamma) times the Phi on the way."""
@@ -182,10 +177,9 @@ def test_gamma_is_a_length_bias_by_tendency_only(gamma, rows, sums):
 def test_tpkd_ref_is_the_plus_reading():
     """The reward of the released branch `tpkd_ref`: beta log-ratio - (1 - gamma) times the sum of
     V(s_{t+1}), V = T logsumexp(log p / T), 0 after the end; here gamma 0.7, T 2, so that V =
-    2 ln sum sqrt(p). Both prompts have p = (4/9, 4/9, 1/9, 0), V = 2 ln(5/3). Chosen, two tokens:
-    p = 1/4 four times in between, V = 2 ln 2; rejected, one token. The values' part of the margin
-    is -0.3 * 2 ln 2. Log-ratios 1.6 ln 2 and 0 make the margin ln 2 and the loss ln(3/2): alpha
-    -1. With alpha +1 the margin is 2.2 ln 2."""
+    2 ln sum sqrt(p). At the prompt p = (4/9, 4/9, 1/9, 0), V = 2 ln(5/3). Chosen, two tokens: p =
+    1/4 in between, V = 2 ln 2; rejected, one token. With log-ratios 1.6 ln 2 and 0 the margin is
+    1.6 ln 2 - 0.3 * 2 ln 2 = ln 2, as with alpha -1. With alpha +1 it is 2.2 ln 2."""
     prompt, even = [4/9, 4/9, 1/9, 0], [1/4] * 4
     values = soft_value(logs([prompt, even, prompt], [prompt, prompt, prompt]) / 2, 2.0)
     close(values[0, :2], [2 * ln(5 / 3), 2 * ln(2)])
@@ -198,12 +192,11 @@ def test_tpkd_ref_is_the_plus_reading():
 # --- a tilted reference, a margin, a weight -------------------------------------------------------
 
 def test_tvkd_is_dpo_with_a_tilted_reference_by_hand():
-    """beta 1/2, alpha 1/4, so the tilt is u / 2. Rows of unequal length, Phi(s_p) = 1.
-    Pair 0: u_w = ln 16 after three tokens, u_l = 0 after two; log-ratios ln 64 and ln 4. TVKD:
-    ln(16)/2 - ln(16)/4 = ln 2. DPO: the tilt leaves ln 16 and ln 4, and ln(4)/2 = ln 2.
-    Pair 1: u_w = 0 after one token, u_l = ln 81 after three; log-ratios 0 and 0. TVKD: ln(81)/4 =
-    ln 3. DPO: 0 and -ln 9, and ln(9)/2 = ln 3. Losses ln(3/2), ln(4/3); gradients 1/2 of 1/3,
-    1/4."""
+    """beta 1/2, alpha 1/4, so the tilt is u / 2. Phi(s_p) = 1. Pair 0: u_w = ln 16 after three
+    tokens, u_l = 0 after two; log-ratios ln 64, ln 4. TVKD: ln(16)/2 - ln(16)/4 = ln 2. DPO: the
+    tilt leaves ln 16, ln 4, and ln(4)/2 = ln 2. Pair 1: u_w = 0 after one token, u_l = ln 81 after
+    three; log-ratios 0, 0. TVKD: ln(81)/4 = ln 3. DPO: 0, -ln 9, and ln(9)/2 = ln 3. Losses
+    ln(3/2), ln(4/3); gradients beta times 1/3, 1/4."""
     values = torch.tensor([[1, 7, -2, ln(16)], [1, 0, 50, 50],          # the chosen of 0 and 1
                            [1, 3, 0, 50], [1, 5, 4, ln(81)]]).double()  # the rejected
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
@@ -248,7 +241,7 @@ def test_the_expected_push_is_the_label_minus_the_students_belief():
     beta (p - sigmoid(beta dlogratio - alpha dpsi)). p = 1/2, equal log-ratios, dpsi = ln 3, alpha
     1, beta 2: sigmoid(-ln 3) = 1/4 and 2 (1/2 - 1/4) = 1/2, towards the answer that the teacher
     values although the labels see no difference. It is 0 where 2 dlogratio = ln 3."""
-    psi = torch.tensor([[ln(3), 0], [0, ln(3)]]).double()       # pair 1 is pair 0 the other way round
+    psi = torch.tensor([[ln(3), 0], [0, ln(3)]]).double()       # pair 1: pair 0, flipped
     for start, push in ((0.0, 1 / 2), (ln(3) / 2, 0.0)):
         policy = torch.tensor([[start, 0], [0, start]]).double()
         gradient = loss_and_gradient(tvkd_loss, policy, 0 * policy, *psi, 2.0, 1.0)[1]
@@ -260,7 +253,7 @@ def test_the_expected_push_is_the_label_minus_the_students_belief():
 def margin_between_two(preferred, u=0.0):
     """The log-ratio margin of a over b that a student learns if these are all answers to the
     prompt, a wins with probability `preferred`, and the teacher gives a u more."""
-    both, psi = torch.tensor([preferred, 1 - preferred]), torch.tensor([u, 0.0]).double()
+    both, psi = torch.tensor([[preferred, 1 - preferred], [u, 0]], dtype=torch.double)
     first, second = optimum_of(TWO, both, psi=psi)
     return first - second
 
@@ -277,18 +270,18 @@ def test_hard_labels_have_no_optimum_and_drift_to_the_teachers_favourite():
     assert optimum_of(TREE, preferred)[3].exp() > 0.999
 
 
-@pytest.mark.parametrize("dr, du, mean, evidence", [
-    (ln(3), -ln(3), 0, ln(4 / 3)),          # (3/4 + 1/4)/2 = 1/2; 3/4 3/4 + 1/4 1/28 = 4/7
-    (ln(3), 0, ln(5 / 3), ln(7 / 3)),       # (3/4 + 1/2)/2 = 5/8; 3/4 9/10 + 1/4 1/10 = 7/10
-    (ln(9), 0, ln(7 / 3), ln(41 / 9)),      # (9/10 + 1/2)/2 = 7/10; 9/10 9/10 + 1/10 1/10 = .82
-    (50, 0, ln(3), ln(9)),                  # nearly (1 + 1/2)/2 = 3/4; nearly 9/10
+@pytest.mark.parametrize("p, odds, mean, evidence", [
+    (3/4, 1/3, 0, ln(4 / 3)),               # (3/4 + 1/4)/2 = 1/2; 3/4 3/4 + 1/4 1/28 = 4/7
+    (3/4, 1, ln(5 / 3), ln(7 / 3)),         # (3/4 + 1/2)/2 = 5/8; 3/4 9/10 + 1/4 1/10 = 7/10
+    (9/10, 1, ln(7 / 3), ln(41 / 9)),       # (9/10 + 1/2)/2 = 7/10; 9/10 9/10 + 1/10 1/10 = .82
+    (1, 1, ln(3), ln(9)),                   # labels beyond doubt, the bounds: 3/4; 9/10
 ])
-def test_mixed_labels_are_bounded_where_the_teacher_is_silent(dr, du, mean, evidence):
-    """Two answers. Mean of label and soft label: logit of (sigmoid(dr) + sigmoid(du)) / 2. Label and
-    teacher as evidence: logit of E sigmoid(du +- c), c = ln 9. With du = 0 at most ln 3 and c."""
-    p, c = sigmoid(dr), ln(9)
-    close(margin_between_two((p + sigmoid(du)) / 2), mean)
-    close(margin_between_two(p * sigmoid(du + c) + (1 - p) * sigmoid(du - c)), evidence)
+def test_mixed_labels_are_bounded_where_the_teacher_is_silent(p, odds, mean, evidence):
+    """Two answers; a wins with probability p, the teacher's odds are exp(du), 1 if it is silent.
+    Mean of label and soft label: logit of (p + sigmoid(du)) / 2. Label and teacher as evidence:
+    logit of E sigmoid(du +- c), here with c = ln 9."""
+    close(margin_between_two((p + odds / (1 + odds)) / 2), mean)
+    close(margin_between_two(p * 9 * odds / (1 + 9 * odds) + (1 - p) * odds / (9 + odds)), evidence)
 
 
 def test_the_bounds_hold_for_a_pair_and_not_for_three_answers_to_one_prompt():
@@ -297,17 +290,17 @@ def test_the_bounds_hold_for_a_pair_and_not_for_three_answers_to_one_prompt():
     condition is sigmoid(m) + sigmoid(2m) = 7/10 + 61/82 = 1.4439; with 2m <= ln 3 it could be at
     most 0.6340 + 0.75. So 2m is above ln 3: 1.3037..., with m = 0.6518...."""
     best = optimum_of(THREE, (differences(logs(81, 9, 1)).sigmoid() + 1 / 2) / 2)
-    m = (best[0] - best[1]).item()
+    m = best[0] - best[1]
     close(best[1] - best[2], m)
-    close(sigmoid(m) + sigmoid(2 * m), 7 / 10 + 61 / 82)
+    close(m.sigmoid() + (2 * m).sigmoid(), 7 / 10 + 61 / 82)
     assert 2 * m > 1.3037 > ln(3)
 
 
 @pytest.mark.parametrize("flipped, margin", [(1/4, ln(5 / 3)), (1/2, 0), (3/4, -ln(5 / 3))])
 def test_flipped_labels_change_the_labels_part_of_the_margin_only(flipped, margin):
-    """dr = ln 3, a share e of labels flipped: (1 - 2e) 3/4 + e = 5/8, 1/2, 3/8. DPO's margin falls
-    from ln 3 to ln(5/3), to 0, and flips with the majority. TVKD with du = ln 4 has ln 4 more."""
-    noisy = (1 - 2 * flipped) * sigmoid(ln(3)) + flipped
+    """A label is right with 3/4; a share e is flipped: (1 - 2e) 3/4 + e = 5/8, 1/2, 3/8. DPO's
+    margin falls from ln 3 to ln(5/3), 0, -ln(5/3). TVKD with du = ln 4 has ln 4 more."""
+    noisy = (1 - 2 * flipped) * 3 / 4 + flipped
     close(margin_between_two(noisy), margin)
     close(margin_between_two(noisy, u=ln(4)), margin + ln(4))
 
