@@ -327,7 +327,7 @@ def definitions(path):
     """{name at the top level of a file: all names used in its definition}"""
     found = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        names = {getattr(x, "id", getattr(x, "attr", None)) for x in ast.walk(node)}
+        names = {getattr(x, "id", getattr(x, "attr", None)) for x in ast.walk(node)} - {None}
         left = [x for target in getattr(node, "targets", ()) for x in ast.walk(target)]
         found |= {getattr(x, "name", getattr(x, "id", None)): names for x in [node, *left]}
     return found
