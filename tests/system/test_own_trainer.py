@@ -71,14 +71,12 @@ def test_the_loop_step_by_step(page, capsys):
     torch.manual_seed(5)
     exec(LOOP, page)
     printed = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
-
     tokens, mask = page["collate"](page["pairs"], page["models"]["teacher-dpo"][1])
     teacher, teacher_ref = (token_logps(page["models"][name][0](tokens), tokens)
                             for name in ("teacher-dpo", "teacher-sft"))
     values = implicit_value(teacher, teacher_ref, mask, page["teacher_beta"])
     psi = shaping(values, mask).sum(-1).view(2, -1)
     close(page["values"].T, psi, 1e-5)
-
     student, tokenizer = page["models"]["student-sft"]
     tokens, mask = page["collate"](page["pairs"], tokenizer)
     optimizer, logps, losses = torch.optim.AdamW(student.parameters(), lr=1e-5), [], []
