@@ -2,22 +2,19 @@
 
     python train.py                         the toy task, whose true reward is known
     python train.py --data=FILE             your own preferences
-    python train.py --help                  every option
     python train.py --ask=PROMPT            every model of a finished run answers
-    python train.py --score=FILE            scores other pairs under every model of a finished run
-    python train.py --export=FOLDER         those models for the transformers library
+    python train.py --help                  every option
 
     torchrun --standalone --nproc_per_node=2 train.py       shares every batch among processes
 
-Read `experiment` first: it is the method section. Then the losses and `fit`. What comes from
-harness/ does not change what is computed:
+Read `experiment` first: it is the method section. Then the losses and `fit`. From harness/ come
 
     gradient        the gradient of a batch, in parts that two threads or several processes share
-    keep            keep(name, f, *args) is f(*args), or what an earlier run kept of the same
     Progress        prints and logs the steps of `fit`, and resumes an interrupted one
-    Validation, HeldOut, is_correct     measure a model on held-out pairs
-    all_pair_logps, sample      log-probs of all pairs, computed once; answers to many prompts
+    keep            keep(name, f, *args) is f(*args), or what an earlier run kept of the same
     new_model       a model with new weights, or those of a file
+    all_pair_logps, sample              log-probs of many pairs, answers to many prompts
+    HeldOut, Validation, is_correct     measure a model on held-out pairs
     command_line    options, seeds, the table; or the use of a finished run
 """
 
@@ -32,8 +29,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-import data
-from data import CheckFailed, Example
+from data import Example, shuffled_batches
+from harness.errors import CheckFailed
 from harness.command import command_line, new_model
 from harness.evaluate import HeldOut, Validation, all_pair_logps, is_correct, sample
 from harness.progress import Progress
@@ -44,17 +41,14 @@ from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
 
 # --------------------------------------------------------------------------------------------------
 # Losses. loss(model, ids) reads the rows of a few indices and returns sums over them: {"loss", "n":
-# the number of tokens or pairs, "tokens": all tokens read, further numbers for the log}. Sums,
-# because harness/steps.py may cut a batch into parts of unequal size: it divides by n at the end.
-# len(loss) is the number of indices; lengths[i] are the tokens of each row that index i reads.
+# the number of tokens or pairs, further numbers for the log}. Sums, because a batch may be cut into
+# parts of unequal size: `gradient` divides by n at the end. lengths[i]: the tokens of each row that
+# index i reads.
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
     """-log pi(a|s), a mean over tokens: supervised fine-tuning, and bc on the teacher's answers."""
     answers: list               # answers[i]: the Examples trained on when index i is drawn
-
-    def __len__(self):
-        return len(self.answers)
 
     @cached_property
     def lengths(self):
@@ -64,17 +58,13 @@ class Likelihood:
         rows, loss = [row for i in ids for row in self.answers[i]], 0
         for _, tokens, mask in batches(rows, len(ids), device_of(model)):
             loss = loss + nll_loss(response_logps(model, tokens, mask), mask) * mask.sum()
-        return {"loss": loss, "n": sum(len(row.response) for row in rows),
-                "tokens": sum(sum(self.lengths[i]) for i in ids)}
+        return {"loss": loss, "n": sum(len(row.response) for row in rows)}
 
 
 @dataclass(frozen=True, eq=False)
 class OfPairs:
     """What the losses of pairs share."""
     pairs: list
-
-    def __len__(self):
-        return len(self.pairs)
 
     @cached_property
     def lengths(self):
@@ -93,8 +83,7 @@ class KD(OfPairs):
             with torch.no_grad():       # in every step: V floats a token are too many to keep
                 teacher_logits = self.teacher(tokens)                           # (B, T+1, V)
             loss = loss + kd_loss(model(tokens), teacher_logits, mask) * mask.sum()
-        return {"loss": loss, "n": sum(len(row.response) for row in rows),
-                "tokens": sum(sum(self.lengths[i]) for i in ids)}
+        return {"loss": loss, "n": sum(len(row.response) for row in rows)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +108,7 @@ class DPO(OfPairs):
         return {"loss": self.losses(logps, ids).sum(), "n": len(ids),
                 "policy_chosen": logps[0].sum(), "policy_rejected": logps[1].sum(),
                 "ref_chosen": ref[0].sum(), "ref_rejected": ref[1].sum(),
-                "margin": margins.sum(), "accuracy": is_correct(margins).sum(),
-                "tokens": sum(sum(self.lengths[i]) for i in ids)}
+                "margin": margins.sum(), "accuracy": is_correct(margins).sum()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +140,8 @@ class SoftDPO(DPO):
         return p * as_labelled + (1 - p) * flipped
 
 
-# The methods: a loss, whose fields are taken by name from `inputs` in `experiment`, and the option
-# that is its learning rate. To add one, write its class above and its line here.
+# The methods: a loss, whose fields are the `inputs` of `experiment` that it reads, and the option for
+# its learning rate. To add one, write its class above and its line here.
 METHODS = {
     "bc": (Likelihood, "distill_lr"),
     "kd": (KD, "distill_lr"),
@@ -164,7 +152,6 @@ METHODS = {
 
 
 # --------------------------------------------------------------------------------------------------
-# Training
 
 def fit(start, loss, recipe, seed, validate=None, progress=None):
     """Train a copy of `start` on `loss` -> the trained model, frozen.
@@ -176,7 +163,8 @@ def fit(start, loss, recipe, seed, validate=None, progress=None):
     model = copy.deepcopy(start).requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0, fused=True)
-    order = data.shuffled_batches(len(loss), recipe.batch_size, torch.Generator().manual_seed(seed))
+    order = shuffled_batches(len(loss.lengths), recipe.batch_size,
+                             torch.Generator().manual_seed(seed))
     steps_done = progress.begin(model, optimizer, recipe, validate)
     for step, ids in zip(range(1, recipe.steps + 1), order):
         if step <= steps_done:
@@ -199,23 +187,18 @@ def schedule(step, steps):
 
 
 def check_start(model, loss, sums, norm, expected):
-    """At step 1, on the first batch: policy = reference, so the loss is known. Else CheckFailed.
-
-    The reference was scored in other batches, so that its sums were rounded in another order: the
-    more, the longer they are.
-    """
+    """Before the first step policy = reference, so the loss is known. Raises CheckFailed."""
     start = sums["loss"] / sums["n"]
-    print(f"  before training: loss {start:.4f}, expected {expected:.4f}; "
-          f"gradient norm {norm:.3g}, expected not 0")
-    longest = max(abs(sums["ref_chosen"]), abs(sums["ref_rejected"])) / sums["n"]       # nats
-    rounding = 0.2 if model.config.bfloat16 else 1e-3 + 2e-6 * longest
-    if abs(start - expected) > max(1.0, loss.beta) * rounding + 1e-6 * abs(expected):
-        raise CheckFailed(f"loss {start:.6g} before training, expected {expected:.6g}: policy and "
+    print(f"  first batch: loss {start:.4f}, expected {expected:.4f}; gradient norm {norm:.3g}")
+    # The reference was scored in other batches: its sums were rounded in another order.
+    nats = max(abs(sums["ref_chosen"]), abs(sums["ref_rejected"])) / sums["n"]
+    rounding = max(1.0, loss.beta) * (0.2 if model.config.bfloat16 else 1e-3 + 2e-6 * nats)
+    if abs(start - expected) > rounding + 1e-6 * abs(expected):
+        raise CheckFailed(f"first batch: loss {start:.6g}, expected {expected:.6g}: policy and "
                           "reference are not scored alike")
     if norm == 0:
-        raise CheckFailed(f"expected a gradient before training, got 0 at a loss of {start:.3g}: "
-                          "the sigmoid is flat there; scale the teacher's values down, lower "
-                          "--alpha, or raise --beta")
+        raise CheckFailed(f"first batch: gradient 0 at a loss of {start:.3g}, where the sigmoid is "
+                          "flat; scale the teacher's values down, lower --alpha, or raise --beta")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import data
-from data import UserError, printable
+from harness.errors import printable, UserError
 from harness.evaluate import all_pair_logps, is_correct, reward_margins, spoken
 from harness.files import refuse_inside, write
 from harness.keep import Keep, file_of, lock, read, unpack
@@ -52,8 +52,7 @@ def load_run(config, device):
             if not re.fullmatch(r"\w[\w .+/-]*", label):
                 raise ValueError(f"rows: expected names of methods, got {label!r:.60}")
         stages = labels + ["teacher-sft"] * ("teacher" in labels)
-        models = {name: unpack(read(folder / file_of(name)), device)
-                  for name in stages}
+        models = {name: unpack(read(folder / file_of(name)), device) for name in stages}
         for name, model in models.items():
             sizes = model.config.vocab_size, model.config.block_size
             if sizes != (tokenizer.n_vocab, past.block_size):

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-from data import UserError
+from harness.errors import UserError
 from model import device_of
 
 # --------------------------------------------------------------------------------------------------
@@ -40,6 +40,7 @@ def gradient(model, loss, ids, micro_batch=0):
         for tensor in (values, *gradients):
             dist.all_reduce(tensor)
     total = dict(zip(names, values.tolist()))
+    total["tokens"] = sum(sum(loss.lengths[i]) for i in ids)
     for parameter in model.parameters():
         parameter.grad = gradients.pop(0) / total["n"]
     return total
