@@ -140,7 +140,7 @@ class SoftDPO(DPO):
         return p * as_labelled + (1 - p) * flipped
 
 
-# The methods: a loss, whose fields are the `inputs` of `experiment` that it reads, and the option for
+# The methods: a loss, whose fields are the `inputs` of `experiment` that it reads, and the option of
 # its learning rate. To add one, write its class above and its line here.
 METHODS = {
     "bc": (Likelihood, "distill_lr"),

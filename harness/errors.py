@@ -6,11 +6,17 @@ def printable(text):
     return "".join(c if c.isprintable() else "\ufffd" for c in str(text))
 
 
+def one_line(message):
+    """A printable line of at most 600 characters: a message may quote an option of any length."""
+    line = printable(message)
+    return line if len(line) <= 600 else f"{line[:300]} ... {line[-290:]}"
+
+
 class UserError(ValueError):
-    """A mistake in the user's data or options: one printable line, what was expected and where."""
+    """A mistake in the user's data or options: one line, what was expected and where."""
 
     def __init__(self, message):
-        super().__init__(printable(message))    # it may quote a file name or a text
+        super().__init__(one_line(message))
 
 
 class CheckFailed(RuntimeError):
