@@ -35,8 +35,8 @@ from harness.command import command_line, new_model
 from harness.evaluate import HeldOut, Validation, all_pair_logps, is_correct, sample
 from harness.progress import Progress
 from harness.steps import gradient
-from model import (GPT, batches, both_responses, device_of, pair_logps, response_logps,
-                   state_values, summed_psi)
+from model import (GPT, batches, both_responses, device_of, frozen_copy, pair_logps,
+                   response_logps, state_values, summed_psi)
 from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
 
 # --------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class SoftDPO(DPO):
         return p * as_labelled + (1 - p) * flipped
 
 
-# The methods: a loss, whose fields are the `inputs` of `experiment` that it reads, and the option of
+# The methods: a loss, whose fields are the `inputs` of `experiment` it reads, and the option of
 # its learning rate. To add one, write its class above and its line here.
 METHODS = {
     "bc": (Likelihood, "distill_lr"),
@@ -208,7 +208,8 @@ def train_teacher(config, seed, task, device, val, keep):
     """Supervised fine-tuning, then DPO against its own fine-tuned self -> (reference, teacher)."""
     new, beta = new_model("teacher", config, task, seed, device), config.teacher_beta
     if config.teacher:                  # it comes DPO-trained, and --teacher_init is its reference
-        return new, new_model("teacher", config, task, seed, device, config.teacher)
+        given = new_model("teacher", config, task, seed, device, config.teacher)
+        return keep("teacher-sft", frozen_copy, new), keep("teacher-dpo", frozen_copy, given)
     # The teacher is trained on the prompts as well, which makes it learn sooner to copy facts.
     corpus = [[Example(row.prompt[:1], row.prompt[1:] + row.response)] for row in task.ids.sft]
     teacher_ref = keep.train("teacher-sft", fit, new, Likelihood(corpus),
