@@ -187,7 +187,7 @@ class Config:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"train.py: {printable(message)}; try --help\n")
+        raise UserError(f"{message}; try --help")
 
 
 def names(text):
