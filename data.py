@@ -33,6 +33,10 @@ class UserError(ValueError):
         super().__init__(printable(message))    # it may quote a file name or a text
 
 
+class CheckFailed(RuntimeError):
+    """What must hold does not, such as the loss at step 0; the message says what was expected."""
+
+
 class Example(NamedTuple):
     prompt: str | list[int]
     response: str | list[int]
