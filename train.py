@@ -30,13 +30,14 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from harness.ask import use_run
 from harness.evaluate import (HeldOut, Validation, fill, is_correct, measure, pair_logps,
-                              psi_of_pairs, reward_margins, sample)
+                              reward_margins, sample)
 from harness.keep import Keep, refuse_inside
 from harness.options import in_bfloat16, parse_args, pick_device
 from harness.outcome import Outcome, exit_code
 from harness.preferences import load_pairs
 from harness.processes import is_first, rank_and_world, joined_processes, two_at_once, two_halves
 from harness.progress import Progress, ctrl_c_held
+from harness.psi import psi_of_pairs
 from harness.table import Row
 from harness.texts import load_task
 from harness.weights import pretrained
@@ -266,7 +267,7 @@ def add_gradient(network, loss, ids, share):
 def check_start(loss, model, ids, expected):
     """What must hold before a preference run: policy = reference, so margin 0 and a known loss.
 
-    expected: the loss of each pair of `ids`, (B,). Raises RuntimeError where it is another one or
+    expected: the loss of each pair of `ids`, (B,). Raises CheckFailed where it is another one or
     the gradient is 0, FloatingPointError where something is not finite.
     """
     sums = loss(model, ids)
@@ -283,9 +284,9 @@ def check_start(loss, model, ids, expected):
     beta = getattr(loss, "beta", 1.0)
     rounding = (0.2 if model.config.bfloat16 else 1e-3) * max(1.0, beta)
     if abs(margin) > rounding or abs(start - expected) > rounding + 1e-6 * abs(expected):
-        raise RuntimeError("the step 0 check failed: policy and reference are not scored alike")
+        raise data.CheckFailed("the step 0 check failed: policy and reference are not scored alike")
     if norm == 0:
-        raise RuntimeError("the step 0 check failed: expected a gradient, got 0; "
+        raise data.CheckFailed("the step 0 check failed: expected a gradient, got 0; "
                            f"beta={beta:g} may be too small for float32")
 
 
@@ -396,7 +397,7 @@ def experiment(config, seed, task, device, keep):
     psi_shown = [keep(f"{row.label}.psi", psi_of_pairs, row.value, row.terminal, config.gamma,
                       teacher, teacher_ref, config.teacher_beta, models[row.label], student_ref,
                       config.beta, test, alone=True)
-                 for row in rows if row.value in ("implicit", "logits")]
+                 for row in rows if row.value not in (None, "given")]
     return rows, models, psi_shown
 
 

@@ -15,7 +15,6 @@ from harness.keep import (digest_of_tokenizer, file_of, lock, read, refuse_insid
                           write)
 from harness.preferences import load_pairs, counted
 from harness.processes import under_torchrun
-from harness.report import RESULTS, check
 from harness.table import Row
 from harness.tokenizers import load_tokenizer, named_tokenizer
 from harness.weights import export_model
@@ -37,7 +36,6 @@ def load_run(config, device):
         refuse_others(path)
     try:
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        check(results, RESULTS, "results.json")
         past = type(config)(**results["config"])
         check_types(past)
         if past.tokenizer:

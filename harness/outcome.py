@@ -1,8 +1,8 @@
 """How a run ends: results.json and the report, what is printed, and the exit code."""
 
 import json
-import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -10,11 +10,11 @@ from shutil import get_terminal_size
 
 import torch
 
-from data import UserError, printable
+from data import CheckFailed, UserError, printable
 from harness.ask import show_answers
 from harness.keep import digest_of_tokenizer, write
 from harness.processes import is_first
-from harness.report import write_report
+from harness.report import page
 from harness.table import show_psi, table
 from harness.tokenizers import tokenizer_text
 
@@ -24,13 +24,13 @@ class Outcome:
 
     def __init__(self, config, keep, started):
         self.config, self.keep, self.started = config, keep, started
-        self.rows, self.psi, self.tokenizers = [], [], {}
+        self.rows, self.shown, self.tokenizers = [], [], {}
 
-    def add(self, task, rows, models, psi):
-        """Save and show one seed: what train.experiment returned of the Task."""
+    def add(self, task, rows, models, shown):
+        """Save and show one seed. shown: what `psi_of_pairs` gave for each TVKD row."""
         if not is_first():
             return
-        self.rows, self.psi = self.rows + rows, self.psi + psi
+        self.rows, self.shown = self.rows + rows, self.shown + shown
         self.tokenizers[str(self.keep.seed)] = digest_of_tokenizer(task.tokenizer)
         if task.tokenizer.name == "learned":
             write(self.keep.folder / "tokenizer.tiktoken", tokenizer_text(task.tokenizer).encode())
@@ -38,48 +38,77 @@ class Outcome:
         texts, ids = ([pair.prompt for pair in split.test[:2]] for split in task[:2])
         show_answers(texts, ids, models, task.tokenizer, self.config, self.keep.seed)
         colour = bool(sys.stdout) and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        for shown in psi:                                   # the first held-out pair, each value
-            show_psi(shown["pairs"][0], colour=colour, width=get_terminal_size().columns)
+        for pairs in shown:                                 # the first held-out pair, each value
+            show_psi(pairs[0], colour, get_terminal_size().columns)
         print(f"\n{table(rows)}")
 
     def save(self):
-        out = self.keep.out
-        made = {"torch": torch.__version__, "device": str(self.keep.device),
-                "threads": torch.get_num_threads(), "code": self.keep.common["the code"],
-                "seconds": round(time.perf_counter() - self.started, 1)}
-        results = {"config": asdict(self.config), "rows": [row.flat() for row in self.rows],
-                   "pairs": [pair for shown in self.psi for pair in shown["pairs"]],
-                   "scatter": [point for shown in self.psi for point in shown["scatter"]],
-                   "tokenizers": self.tokenizers, "made": made}
-        results = without_nan(results)
-        self.keep.log_file.flush()
+        out, config = self.keep.out, asdict(self.config)
+        # A path may hold bytes that are no text. What is not finite becomes null: a mean over
+        # nothing is unknown, and JSON has no NaN.
+        results = json.loads(json.dumps({
+            "config": {k: printable(x) if isinstance(x, str) else x for k, x in config.items()},
+            "rows": [row.flat() for row in self.rows],
+            "pairs": [pair for pairs in self.shown for pair in pairs],
+            "tokenizers": self.tokenizers,
+            "made": {"torch": torch.__version__, "device": str(self.keep.device),
+                     "threads": torch.get_num_threads(), "code": self.keep.common["the code"],
+                     "seconds": round(time.perf_counter() - self.started, 1)}}),
+            parse_constant=lambda constant: None)
         log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        try:
-            write_report(results, [json.loads(line) for line in log], out / "report.html")
-        except OSError as error:
-            raise UserError(f"--out: expected a folder with room to write {out / 'report.html'}: "
-                            f"{error.strerror}") from None
-        text = json.dumps(results, indent=1, allow_nan=False)
-        write(out / "results.json", f"{text}\n".encode())
+        html = page(self.config, self.rows, self.shown, [json.loads(line) for line in log])
+        write(out / "report.html", html.encode("utf-8", "replace"))
+        write(out / "results.json", f"{json.dumps(results, indent=1)}\n".encode())
 
     def finish(self):
         if not is_first():
             return
-        if self.config.seeds > 1:
+        config, out = self.config, self.keep.out
+        if config.seeds > 1:
             print(f"\nall seeds\n{table(self.rows)}")
-        out = self.keep.out
+        if config.data and any(row.value for row in self.rows):
+            print(f"The teacher's weight is alpha / beta, here {config.alpha / config.beta:g}. If "
+                  "TVKD is below DPO, try a smaller --alpha: too high a weight chases the teacher "
+                  "whatever the labels say.")
         print(f"\n{time.perf_counter() - self.started:.0f} s; rows in "
-              f"{printable(str(out / 'results.json'))}, pairs and curves in "
-              f"{printable(str(out / 'report.html'))}")
+              f"{printable(out / 'results.json')}, pairs and curves in "
+              f"{printable(out / 'report.html')}")
 
 
-def without_nan(value):
-    """The same JSON value with null for what is not finite: a mean over nothing is unknown."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: without_nan(x) for name, x in value.items()}
-    return [without_nan(x) for x in value] if isinstance(value, (list, tuple)) else value
+def exit_code(run, argv):
+    """run(argv) -> 0, or a line on stderr and 2 where files, options or memory are at fault, 1 for
+    numbers that are not finite and failed checks, 130 for Ctrl-C, 141 where nobody reads on.
+
+    argv None: of the command line, whose process ends after this. Any other error is the program's.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")    # no sampled character may end a finished run
+    status, message = 0, ""
+    try:
+        expect_working_folder()
+        run(argv)
+        print(end="", flush=True)
+    except (UserError, FloatingPointError, CheckFailed) as error:
+        status, message = 2 if isinstance(error, UserError) else 1, error
+    except KeyboardInterrupt:
+        status, message = 130, "stopped; the same command continues from here"
+    except OSError as error:
+        where = "stdout: " if stdout_is_lost() else ""
+        status, message = 2, f"expected files that can be read and written: {where}{error}"
+        if isinstance(error, BrokenPipeError):      # the reader, such as head, has gone
+            status, message = 141, "stopped: nobody reads its output; the same command continues"
+    except (MemoryError, RuntimeError) as error:
+        # torch gives the CPU's memory no type of its own.
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) \
+                and "DefaultCPUAllocator" not in str(error):
+            raise
+        status, message = 2, "out of memory; try a smaller --micro_batch, --samples or model"
+    if argv is None:        # a further Ctrl-C would only put a traceback behind the last line
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if message and sys.stderr:
+        print(f"train.py: {printable(message)}", file=sys.stderr)
+    return status
 
 
 def expect_working_folder():
@@ -90,35 +119,11 @@ def expect_working_folder():
         raise UserError("expected a working folder that exists, got one that was deleted") from None
 
 
-def exit_code(run, argv):
-    """run(argv) -> 0, or a line on stderr and an exit code: 2 the user's mistake, 130 Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")    # no sampled character may end a finished run
+def stdout_is_lost():
+    """Whether stdout takes no more. What is left to print then goes nowhere, in silence."""
     try:
-        expect_working_folder()
-        run(argv)
-        return 0
-    except UserError as error:
-        status, message = 2, str(error)
-    except FloatingPointError as error:
-        status, message = 1, str(error)
-    except KeyboardInterrupt:
-        status, message = 130, "stopped; the same command goes on from here"
-    except BrokenPipeError:                         # the reader, such as head, has gone
+        print(end="", flush=True)
+        return False
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except MemoryError:
-        status, message = 2, "expected models and batches that fit in memory; try smaller ones"
-    except OSError as error:
-        status, message = 2, f"expected files that can be read and written: {error}"
-    except RuntimeError as error:
-        status, message = 1, str(error).partition("\n")[0]
-        if "memory" in message:
-            status = 2
-            message = f"expected models and batches that fit in memory, try smaller ones: {message}"
-        elif "step 0 check" not in message:
-            raise
-    if sys.stderr:
-        print(f"train.py: {printable(message)}", file=sys.stderr)
-    return status
+        return True
