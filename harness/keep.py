@@ -285,6 +285,10 @@ class Keep:
                        "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
                        "the code": digest_of_this_code()}
 
+    def __del__(self):                  # else python -W error speaks of open files
+        for file in filter(None, (self.lock, self.log_file)):
+            file.close()
+
     @property
     def folder(self):
         return self.out / f"seed{self.seed}"
