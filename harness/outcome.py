@@ -76,10 +76,10 @@ class Outcome:
 
 
 def exit_code(run, argv):
-    """run(argv) -> 0, or a line on stderr and 2 where files, options or memory are at fault, 1 for
-    numbers that are not finite and failed checks, 130 for Ctrl-C, 141 where nobody reads on.
+    """run(argv) -> 0, or a line on stderr and: 2, files, options or memory are at fault; 1, numbers
+    that are not finite or a failed check; 130, Ctrl-C; 141, nobody reads stdout any more.
 
-    argv None: of the command line, whose process ends after this. Any other error is the program's.
+    argv None: of the command line, whose process then ends. Errors of the program are raised.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -99,13 +99,16 @@ def exit_code(run, argv):
         if isinstance(error, BrokenPipeError):      # the reader, such as head, has gone
             status, message = 141, "stopped: nobody reads its output; the same command continues"
     except (MemoryError, RuntimeError) as error:
-        # torch gives the CPU's memory no type of its own.
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) \
-                and "DefaultCPUAllocator" not in str(error):
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "DefaultCPUAllocator" not in str(error):   # torch has no type for this one
             raise
         status, message = 2, "out of memory; try a smaller --micro_batch, --samples or model"
-    if argv is None:        # a further Ctrl-C would only put a traceback behind the last line
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while argv is None:     # a further Ctrl-C would only put a traceback behind the last line
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            break
+        except KeyboardInterrupt:                   # at this very moment
+            pass
     if message and sys.stderr:
         print(f"train.py: {printable(message)}", file=sys.stderr)
     return status
