@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 
 import data
-from data import UserError, printable
-from harness.evaluate import is_correct, pair_logps, reward_margins, sample, spoken
-from harness.keep import (digest_of_tokenizer, file_of, lock, read, refuse_inside, refuse_others,
-                          write)
-from harness.preferences import load_pairs, counted
-from harness.processes import under_torchrun
+from harness.errors import printable, UserError
+from harness.evaluate import all_pair_logps, is_correct, reward_margins, spoken
+from harness.files import refuse_inside, write
+from harness.keep import Keep, file_of, lock, read, unpack
+from harness.preferences import counted, load_pairs
+from harness.sampling import sample
+from harness.steps import under_torchrun
 from harness.table import Row
 from harness.tokenizers import load_tokenizer, named_tokenizer
 from harness.weights import export_model
-from model import batches, both_responses, device_of, from_content, frozen_copy, response_logps
+from model import batches, both_responses, device_of, response_logps
 
 ANSWERS, SPACE = 3, "\u2423"
 WORD = f"(?:{'|'.join([*data.THINGS, *data.ALL_FACTS])})"
@@ -32,8 +33,6 @@ def load_run(config, device):
     """
     out = Path(config.out)
     folder = out / f"seed{config.seed}"
-    for path in (out / "results.json", folder / "tokenizer.tiktoken"):
-        refuse_others(path)
     try:
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
         past = type(config)(**results["config"])
@@ -42,7 +41,7 @@ def load_run(config, device):
             tokenizer = named_tokenizer(past.tokenizer)
         else:
             tokenizer = load_tokenizer(folder / "tokenizer.tiktoken")
-        if results["tokenizers"][str(config.seed)] != digest_of_tokenizer(tokenizer):
+        if results["tokenizers"][str(config.seed)] != Keep(None, device).describe("x", tokenizer)["x"]:
             raise UserError(f"{folder}: expected weights that were trained with the tokenizer "
                             "beside them")
         rows = [Row.from_flat(row) for row in results["rows"]]
@@ -51,8 +50,7 @@ def load_run(config, device):
             if not re.fullmatch(r"\w[\w .+/-]*", label):
                 raise ValueError(f"rows: expected names of methods, got {label!r:.60}")
         stages = labels + ["teacher-sft"] * ("teacher" in labels)
-        models = {name: frozen_copy(from_content(read(folder / file_of(name)))).to(device)
-                  for name in stages}
+        models = {name: unpack(read(folder / file_of(name)), device) for name in stages}
         for name, model in models.items():
             sizes = model.config.vocab_size, model.config.block_size
             if sizes != (tokenizer.n_vocab, past.block_size):
@@ -176,7 +174,7 @@ def score_pairs(pairs, config, past, tokenizer, models, origins):
             line["log_ratios"] = {}
     for name, model in models.items():
         ref, beta = origins[name]
-        policy, reference = (pair_logps(m, ids, past.batch_size) for m in (model, ref))
+        policy, reference = (all_pair_logps(m, ids, past.batch_size) for m in (model, ref))
         margins = reward_margins(*policy, *reference, beta)
         for line, margin, chosen, rejected in zip(lines, margins.tolist(), *policy.tolist()):
             line["margins"][name] = margin
@@ -191,7 +189,6 @@ def score_pairs(pairs, config, past, tokenizer, models, origins):
         print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, "
               f"accuracy {is_correct(margins).mean().item():.3f}, n = {len(ids)}")
     path = Path(config.out) / "scores.jsonl"
-    refuse_others(path.with_name(".lock"))
     held = lock(Path(config.out))       # no run may replace the models while this is written
     write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     held.close()
@@ -204,9 +201,6 @@ def check_targets(folder, models):
     for path in (Path(folder), *targets):
         if path.exists() and not path.is_dir():
             raise UserError(f"--export: expected a folder or nothing at {path}, got another file")
-    for path in [target / name for target in targets
-                 for name in ("config.json", "model.safetensors", "tokenizer.tiktoken")]:
-        refuse_others(path)
 
 
 def export(config, tokenizer, models):

@@ -1,6 +1,5 @@
 """The numbers of the table: sampled answers, true reward, accuracy on held-out pairs, KL."""
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,8 +8,9 @@ import torch.nn.functional as F
 
 import data
 from harness.numbers import interval
-from harness.processes import two_at_once
-from model import batches, both_responses, device_of, evaluating, rows_logps
+from harness.sampling import sample
+from harness.steps import two_at_once
+from model import batches, both_responses, device_of, rows_logps
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,14 @@ class HeldOut:
     max_new_tokens: int
     batch_size: int
     seed: int
+
+    @classmethod
+    def of(cls, task, split, config, seed):
+        """The split "val" or "test" of a Task. On validation prompts one answer each is enough."""
+        pairs, texts = getattr(task.ids, split), getattr(task.texts, split)
+        samples = config.samples if split == "test" else 1
+        return cls(pairs, texts, task.tokenizer, not config.data, samples, config.max_new_tokens,
+                   config.batch_size, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,29 +59,6 @@ def is_correct(margins):
     return (margins > 0) + 0.5 * (margins == 0)
 
 
-def sample(model, prompts, eos, max_new_tokens, seed):
-    """One response at temperature 1 to each prompt of ids -> ids, with EOS where one ended."""
-    config = model.config
-    # As many rows as have keys and values of 1/2 GiB, for two threads at once; at most 1,024.
-    floats = 2 * config.n_layer * config.block_size * config.n_embd
-    at_once = max(1, min(1024, 2 ** 27 // floats, math.ceil(len(prompts) / 2)))
-    groups = [(start, prompts[start:start + at_once]) for start in range(0, len(prompts), at_once)]
-    answers = two_at_once(answer, groups, device_of(model), model, eos, max_new_tokens, seed)
-    return sum(answers, [])
-
-
-def answer(model, eos, max_new_tokens, seed, group):
-    """`sample` for some of the prompts: group is (the first one's index, prompts)."""
-    start, prompts = group
-    # A generator of its own, so sampling never moves the order of training batches, and threads
-    # that sample at the same time do not take each other's numbers.
-    generator = torch.Generator(device_of(model)).manual_seed(seed + start)
-    responses = model.generate(prompts, max_new_tokens, eos, generator=generator)
-    full = [len(prompt) + len(ids) >= model.config.block_size or len(ids) == max_new_tokens
-            for prompt, ids in zip(prompts, responses)]
-    return [ids if is_full else ids + [eos] for ids, is_full in zip(responses, full)]
-
-
 def spoken(response, tokenizer):
     """Response ids -> text, without EOS."""
     return tokenizer.decode([token for token in response if token != tokenizer.eot_token])
@@ -85,8 +70,7 @@ def policy_kl(model, ref, rows, batch_size):
     rows: the model's own samples.
     """
     device = device_of(model)
-    with evaluating(model):
-        sums = two_at_once(summed_kl, list(batches(rows, batch_size, device)), device, model, ref)
+    sums = two_at_once(summed_kl, list(batches(rows, batch_size, device)), device, model, ref)
     return sum(sums) / len(rows)
 
 
@@ -100,27 +84,27 @@ def summed_kl(model, ref, batch):
     return (policy.exp() * (policy - reference)).sum().item()
 
 
-def cached_margins(model, ref, beta, held_out):
+def held_out_margins(model, ref, beta, held_out):
     """Implicit reward margin of every held-out pair: (pairs,)."""
-    policy = pair_logps(model, held_out.pairs, held_out.batch_size)             # (2, pairs)
+    policy = all_pair_logps(model, held_out.pairs, held_out.batch_size)             # (2, pairs)
     return reward_margins(*policy, *reference_logps(ref, held_out), beta)
 
 
 @lru_cache(maxsize=4)
 def reference_logps(ref, held_out):
     """Log-probs of the held-out responses under a frozen reference, which many models share."""
-    return pair_logps(ref, held_out.pairs, held_out.batch_size)
+    return all_pair_logps(ref, held_out.pairs, held_out.batch_size)
 
 
-def pair_logps(model, pairs, batch_size):
-    """Log-probs of the chosen and the rejected responses, (2, N): two threads take a row each."""
-    rows, device = both_responses(pairs), device_of(model)
+def all_pair_logps(model, pairs, batch_size):
+    """log pi(y|x) of the chosen and the rejected responses, (2, N): two threads take a row each."""
+    rows = both_responses(pairs)
     halves = rows[:len(pairs)], rows[len(pairs):]
-    with evaluating(model):             # around both: the first to end must not switch it off
-        return torch.stack(two_at_once(part_logps, halves, device, model, batch_size))
+    return torch.stack(two_at_once(half_logps, halves, device_of(model), model, batch_size))
 
 
-def part_logps(model, batch_size, rows):
+@torch.no_grad()
+def half_logps(model, batch_size, rows):
     return rows_logps(model, rows, batch_size)
 
 
@@ -132,7 +116,7 @@ def evaluate(model, ref, beta, held_out):
     beta of its implicit reward. The true reward is known on the toy task alone.
     """
     pairs, texts, samples = held_out.pairs, held_out.texts, held_out.samples
-    margins = cached_margins(model, ref, beta, held_out)
+    margins = held_out_margins(model, ref, beta, held_out)
     if not margins.isfinite().all():
         raise FloatingPointError("expected finite log-probs of the held-out pairs; the weights are "
                                  "too large or not finite, try a lower learning rate")

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from data import UserError, printable
+from harness.errors import printable, UserError
+from model import VALUES
 
-VALUES, TERMINALS = ("implicit", "logits", "given"), ("zero", "hold", "value")
-TERMINAL_OF = {"implicit": "value", "logits": "hold", "given": "value"}         # defaults
-ZERO_ALLOWED = ("seed", "train_pairs", "student_pairs", "micro_batch", "trust_code",
-                "teacher_sft_steps", "student_sft_steps", "tokens")
-LARGEST = {"trust_code": 1, "tokens": 1, "seeds": 10 ** 6, "batch_size": 10 ** 6,
+TERMINALS = ("zero", "hold", "value")
+TERMINAL_OF = {**{name: usual for name, (_, usual) in VALUES.items()}, "given": "value"}
+ZERO_ALLOWED = ("seed", "train_pairs", "student_pairs", "micro_batch", "teacher_sft_steps",
+                "student_sft_steps", "tokens")
+LARGEST = {"tokens": 1, "seeds": 10 ** 6, "batch_size": 10 ** 6,
            "block_size": 10 ** 6, "vocab_size": 10 ** 6, "max_new_tokens": 10 ** 6,
            "samples": 10 ** 4, "layers": 10 ** 3, "heads": 10 ** 3, "width": 10 ** 5}
 USES_A_RUN = ("ask", "score", "export")         # these train nothing
@@ -30,6 +31,8 @@ class Recipe:
     lr: float
     batch_size: int
     micro_batch: int
+    log_interval: int       # what a stage logs is kept with it
+    eval_interval: int
 
 
 @dataclass
@@ -41,8 +44,6 @@ class Config:
     seed: int = option(0, "seed of everything: toy data, split, weights, batches, sampling")
     seeds: int = option(1, "number of full runs, with seeds seed, seed+1, ...")
     device: str = option("auto", "cpu, cuda, mps, or auto for the best of them here")
-    trust_code: int = option(0, "1: keep teacher, starting student and values although the code "
-                                "changed; trains the methods again")
     ask: str = option("", "answer this prompt with every model of the run in --out",
                       "use a finished run, train nothing")
     score: str = option("", "score the pairs of this JSONL file with those models, into "
@@ -82,6 +83,8 @@ class Config:
     teacher_init: str = option("", "weights the teacher starts from: a nanoGPT checkpoint, a file "
                                    "of another run, or a GPT-2 folder of the transformers library")
     student_init: str = option("", "the same for the student")
+    teacher: str = option("", "weights of a teacher that is DPO-trained already; its reference is "
+                              "--teacher_init, and neither of the two is trained")
     batch_size: int = option(64, "pairs in a step of a preference stage; supervised stages take "
                                  "as many rows", "training", with_data=8)
     micro_batch: int = option(0, "pairs, or rows, in memory at a time, for the gradient of the "
@@ -106,11 +109,8 @@ class Config:
 
     def recipe(self, steps, lr):
         """The Recipe of a stage, by the names of two options."""
-        return Recipe(getattr(self, steps), getattr(self, lr), self.batch_size, self.micro_batch)
-
-    def intervals(self):
-        return {name: getattr(self, name)
-                for name in ("log_interval", "eval_interval", "save_interval")}
+        return Recipe(getattr(self, steps), getattr(self, lr), self.batch_size, self.micro_batch,
+                      self.log_interval, self.eval_interval)
 
     def terminal_of(self, kind):
         """The potential of the finished response: --terminal, or the default of a kind of value.
@@ -139,7 +139,7 @@ class Config:
             if f.type is float:
                 least = {"alpha": -1e6, "gamma": 0, "save_interval": 0}.get(f.name, 1e-12)
                 self.expect(f.name, least <= value <= 1e6, f"a number from {least:g} to 1e6")
-        for name, known in (("methods", methods), ("value", VALUES)):
+        for name, known in (("methods", methods), ("value", TERMINAL_OF)):
             chosen = getattr(self, name)
             self.expect(name, len(set(chosen)) == len(chosen) and set(chosen) <= set(known),
                         f"some of {','.join(known)}, each once")
@@ -154,6 +154,8 @@ class Config:
         self.expect("train_pairs", self.train_pairs or self.data, "at least 1 on the toy task")
         self.expect("device", self.device in ("auto", "cpu", "cuda", "mps"),
                     "one of auto, cpu, cuda, mps")
+        self.expect("teacher", not self.teacher or self.teacher_init,
+                    "its reference beside it, --teacher_init")
         for who in ("teacher", "student"):
             heads = getattr(self, f"{who}_heads")
             self.expect(f"{who}_width", getattr(self, f"{who}_width") % heads == 0,
@@ -185,7 +187,7 @@ def parse_args(argv, methods, description=None):
                            default=argparse.SUPPRESS, metavar=f.name.upper(),
                            help=f"{f.metadata['help']} ({defaults})")
     given = vars(parser.parse_args(argv))
-    for name in ("data", "out", "teacher_init", "student_init", *USES_A_RUN):
+    for name in ("data", "out", "teacher", "teacher_init", "student_init", *USES_A_RUN):
         if given.get(name) == "":                       # an unset shell variable, most likely
             parser.error(f"--{name}: expected a value, got an empty one")
     uses = [name for name in USES_A_RUN if name in given]
@@ -202,8 +204,8 @@ def parse_args(argv, methods, description=None):
                          "their sizes")
     defaults = {f.name: f.metadata["with_data"] for f in fields(Config)} if "data" in given else {}
     if given.get("value") == ("given",) and "methods" not in given:     # no teacher is needed
-        defaults["methods"] = tuple(name for name in Config.methods
-                                    if not methods[name].needs_teacher)
+        defaults["methods"] = tuple(name for name in Config.methods if not {
+            "teacher", "answers"} & {field.name for field in fields(methods[name][0])})
     config = Config(**{**defaults, **given})
     config.check(methods)
     return config

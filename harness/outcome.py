@@ -10,12 +10,14 @@ from shutil import get_terminal_size
 
 import torch
 
-from data import CheckFailed, UserError, printable
 from harness.ask import show_answers
-from harness.keep import digest_of_tokenizer, write
-from harness.processes import is_first
+from harness.errors import CheckFailed, UserError, printable
+from harness.evaluate import HeldOut, fill, measure
+from harness.files import write
+from harness.psi import psi_of_pairs
 from harness.report import page
-from harness.table import show_psi, table
+from harness.steps import is_first
+from harness.table import Row, show_psi, table
 from harness.tokenizers import tokenizer_text
 
 
@@ -24,19 +26,28 @@ class Outcome:
 
     def __init__(self, config, keep, started):
         self.config, self.keep, self.started = config, keep, started
-        self.rows, self.shown, self.tokenizers = [], [], {}
+        self.rows, self.shown, self.tokenizers = [], [], {}    # shown: what psi_of_pairs gave
 
-    def add(self, task, rows, models, shown):
-        """Save and show one seed. shown: what `psi_of_pairs` gave for each TVKD row."""
-        if not is_first():
-            return
+    def add(self, task, models):
+        """Measure, save and show the models of one seed, {label: (model, reference, beta)}."""
+        config, keep = self.config, self.keep
+        test = HeldOut.of(task, "test", config, keep.seed)
+        rows = [Row.of(label, keep.seed) for label in models]
+        fill(rows, {label: keep.alone(f"{label}.row", measure, *model, test)
+                    for label, model in models.items()})
+        first = {row.value: row for row in reversed(rows) if row.value not in (None, "given")}
+        shown = [keep.alone(f"{row.label}.psi", psi_of_pairs, row.value, row.terminal, config.gamma,
+                            *models["teacher"], *models[row.label], test)
+                 for row in rows if row in first.values()]          # of each kind of value
         self.rows, self.shown = self.rows + rows, self.shown + shown
-        self.tokenizers[str(self.keep.seed)] = digest_of_tokenizer(task.tokenizer)
+        self.tokenizers[str(keep.seed)] = keep.describe("x", task.tokenizer)["x"]
         if task.tokenizer.name == "learned":
-            write(self.keep.folder / "tokenizer.tiktoken", tokenizer_text(task.tokenizer).encode())
+            write(keep.out / f"seed{keep.seed}" / "tokenizer.tiktoken",
+                  tokenizer_text(task.tokenizer).encode())
         self.save()
         texts, ids = ([pair.prompt for pair in split.test[:2]] for split in task[:2])
-        show_answers(texts, ids, models, task.tokenizer, self.config, self.keep.seed)
+        answering = {label: model for label, (model, _, _) in models.items()}
+        show_answers(texts, ids, answering, task.tokenizer, config, keep.seed)
         colour = bool(sys.stdout) and sys.stdout.isatty() and "NO_COLOR" not in os.environ
         for pairs in shown:                                 # the first held-out pair, each value
             show_psi(pairs[0], colour, get_terminal_size().columns)
@@ -52,7 +63,7 @@ class Outcome:
             "pairs": [pair for pairs in self.shown for pair in pairs],
             "tokenizers": self.tokenizers,
             "made": {"torch": torch.__version__, "device": str(self.keep.device),
-                     "threads": torch.get_num_threads(), "code": self.keep.common["the code"],
+                     "threads": torch.get_num_threads(),
                      "seconds": round(time.perf_counter() - self.started, 1)}}),
             parse_constant=lambda constant: None)
         log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -75,8 +86,8 @@ class Outcome:
               f"{printable(out / 'report.html')}")
 
 
-def exit_code(run, argv):
-    """run(argv) -> 0, or a line on stderr and: 2, files, options or memory are at fault; 1, numbers
+def exit_code(run, argv, *args):
+    """run(argv, *args) -> 0, or a line on stderr and: 2, files, options or memory are at fault; 1, numbers
     that are not finite or a failed check; 130, Ctrl-C; 141, nobody reads stdout any more.
 
     argv None: of the command line, whose process then ends. Errors of the program are raised.
@@ -87,7 +98,7 @@ def exit_code(run, argv):
     status, message = 0, ""
     try:
         expect_working_folder()
-        run(argv)
+        run(argv, *args)
         print(end="", flush=True)
     except (UserError, FloatingPointError, CheckFailed) as error:
         status, message = 2 if isinstance(error, UserError) else 1, error

@@ -4,7 +4,7 @@ import math
 import re
 
 import data
-from harness.evaluate import cached_margins
+from harness.evaluate import held_out_margins
 from model import action_psi, both_responses, state_values
 
 SHOWN, PLOTTED = 6, 200         # pairs of the page: token by token, and as points of its plots
@@ -20,7 +20,7 @@ def psi_of_pairs(kind, terminal, gamma, teacher, teacher_ref, teacher_beta, stud
     rows = both_responses(pairs)                                        # all chosen, all rejected
     values = state_values(kind, teacher, teacher_ref, rows, teacher_beta, held_out.batch_size)
     psi = action_psi(values, rows, gamma, terminal)
-    margins = cached_margins(student, student_ref, beta, held_out).tolist()
+    margins = held_out_margins(student, student_ref, beta, held_out).tolist()
     shown = []
     for i, (text, margin) in enumerate(zip(texts, margins)):
         shown.append({"seed": held_out.seed, "value": kind, "terminal": terminal,

@@ -13,7 +13,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
-from data import printable
+from harness.errors import printable
 from harness.numbers import plus_minus
 from harness.table import by_label, footnote, known_columns, mean_of
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from data import printable
+from harness.errors import printable
 from harness.numbers import plus_minus, summary
 
 COLUMNS = (("true reward", "reward", ".2f"), ("minus DPO", "vs_dpo", "+.2f"),   # title, key, format
@@ -24,6 +24,13 @@ class Row:
     def label(self):
         """The row's name in the table: "dpo", "tvkd implicit/value"."""
         return f"{self.method} {self.value}/{self.terminal}" if self.value else self.method
+
+    @classmethod
+    def of(cls, label, seed):
+        """The row with this label, still without numbers."""
+        method, _, kind = label.partition(" ")
+        value, _, terminal = kind.partition("/")
+        return cls(method, value or None, terminal or None, seed)
 
     def flat(self):
         """One flat dict, as it stands in results.json."""

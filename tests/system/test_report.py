@@ -160,7 +160,7 @@ def test_psi_of_pairs_by_hand(monkeypatch, terminal, last, total):
     """V = 7, 10, 12, 9 of prompt 1 2, response 3 EOS: s_p has 10, and psi = 12 - 10 and Phi(s_end)
     - 12, with Phi(s_end) 9, 12 or 0. V = 7, 10, 4 of the other response, EOS alone. The margin is
     that of the student against its own reference, with its own beta."""
-    monkeypatch.setattr(psi, "cached_margins", lambda *args: torch.tensor(
+    monkeypatch.setattr(psi, "held_out_margins", lambda *args: torch.tensor(
         [0.25 if args[:3] == ("student", "student_ref", 0.1) else math.nan]))
     monkeypatch.setattr(psi, "state_values", lambda kind, teacher, ref, rows, beta, size: [
         torch.tensor(V) for V in ([7.0, 10.0, 12.0, 9.0], [7.0, 10.0, 4.0])])

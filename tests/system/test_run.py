@@ -23,7 +23,8 @@ import torch
 import data
 import train
 from conftest import ROOT, close
-from data import Example, Pair, UserError
+from data import Example, Pair
+from harness.errors import CheckFailed, UserError
 from harness import tokenizers
 from harness import evaluate
 from harness.evaluate import HeldOut, policy_kl
@@ -668,7 +669,7 @@ NO_ROOM = "out of memory; try a smaller --micro_batch, --samples or model"
     (FloatingPointError("loss nan\x1b[0m"), 1, "loss nan\ufffd[0m"),
     (KeyboardInterrupt(), 130, "stopped; the same command continues from here"),
     (MemoryError(), 2, NO_ROOM), (torch.OutOfMemoryError("x"), 2, NO_ROOM),
-    (data.CheckFailed("the step 0 check failed: x"), 1, "the step 0 check failed: x"),
+    (CheckFailed("the step 0 check failed: x"), 1, "the step 0 check failed: x"),
     (OSError(errno.ENOSPC, "No space left", "a\nb"), 2,
      "expected files that can be read and written: [Errno 28] No space left: 'a\\nb'"),
 ])
