@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pickle
-import random
 import struct
 import zipfile
 
@@ -102,7 +101,8 @@ def test_bytes_by_hand():
     """The header's lines have 70 + 55 + 54 = 179 characters; with five spaces they are 184, b8 in
     hexadecimal. 1.0 is 3f800000, 2.0 is 40000000, -0.5 is bf000000, the lowest byte first."""
     expected = (b'\xb8\0\0\0\0\0\0\0{"__metadata__":{"format":"pt",'
-                b'"written_by":"TVKD, the readable one"},"a":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},'
+                b'"written_by":"TVKD, the readable one"},'
+                b'"a":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},'
                 b'"b":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}     '
                 b'\0\0\x80\x3f\0\0\0\x40\0\0\0\xbf')
     assert to_safetensors({"a": torch.tensor([[1.0, 2]]), "b": torch.tensor([-0.5])}) == expected
@@ -209,7 +209,8 @@ def test_an_export_replaces_an_export_alone(tmp_path):
     (folder / "dangling").symlink_to(tmp_path / "elsewhere")
     (folder / "loop").symlink_to(folder / "loop")
     (folder / "linked" / "model.safetensors.tmp").symlink_to(folder / "foreign" / "config.json")
-    for name in ("foreign", "notes", "file", "more", "link", "dangling", "loop", "linked", "o" * 300):
+    for name in ("foreign", "notes", "file", "more", "link", "dangling", "loop", "linked",
+                 "o" * 300):
         with pytest.raises(UserError, match=f"expected nothing at .*{name} or an earlier"):
             export_targets(folder, out, ["new", name])
     (tmp_path / "to-out").symlink_to(out)
@@ -373,10 +374,7 @@ def test_files_that_are_refused(tmp_path, case):
 
 @pytest.mark.parametrize("places, message", [
     (None, "AttributeError"), ({"x": "/dev/zero"}, "expected a file, got a folder, a pipe or a "),
-    ({"x": 3}, "TypeError"), ({"x": "a.safetensors"}, "No such file"),
-    ({"x": "b.safetensors"}, "KeyError: 'x'"),
-    ({}, "weights for n_layer 2 and n_embd 8, got 0 numbers"),
-])
+    ({"x": "a.safetensors"}, "No such file"), ({"x": "b.safetensors"}, "KeyError: 'x'")])
 def test_indexes_that_are_refused(tmp_path, places, message):
     path = folder_of(tmp_path, conv1d(gpt()))
     (path / "model.safetensors").rename(path / "b.safetensors")
@@ -458,17 +456,6 @@ def test_a_nanogpt_checkpoint(tmp_path):
     assert again.lm_head.weight is again.transformer.wte.weight
 
 
-def test_a_kept_file(tmp_path):
-    """Its config names the form of GELU; a digest may stand behind it."""
-    model = gpt(gelu="tanh")
-    content = {"config": {**vars(model.config), "bfloat16": True}, "model": model.state_dict()}
-    torch.save(content, tmp_path / "dpo.pt")
-    raw = (tmp_path / "dpo.pt").read_bytes()
-    (tmp_path / "dpo.pt").write_bytes(raw + hashlib.sha256(raw).hexdigest().encode())
-    again = load(tmp_path / "dpo.pt")
-    assert again.config == model.config and torch.equal(logits(again), logits(model))
-
-
 @pytest.mark.parametrize("name, value, message", [
     ("n_layer", 10**9, "weights for n_layer 1000000000 and n_embd 8, got 6,816 numbers"),
     ("n_layer", 1e9, "expected n_layer of type int, got 1000000000.0"),
@@ -507,8 +494,8 @@ def test_other_content_is_refused(tmp_path):
 
 
 def test_bombs_are_refused(tmp_path):
-    """A pickle of four million lists in four compressed kilobytes or as it is; sizes whose repr has
-    2^60 brackets."""
+    """A pickle of four million lists in four compressed kilobytes or as it is; 2^60 tuples as the
+    key of a dict; sizes whose repr has 2^60 brackets."""
     lists = b"\x80\x02](" + b"]" * 4_000_000 + b"e."
     for compression, message in [(zipfile.ZIP_DEFLATED, "without compression"),
                                  (zipfile.ZIP_STORED, "a pickle of fewer than 500,000 objects")]:
@@ -516,22 +503,14 @@ def test_bombs_are_refused(tmp_path):
             archive.writestr("archive/data.pkl", lists)
             archive.writestr("archive/version", "3\n")
         assert message in refused(tmp_path / "bomb")
-    wide = []
+    wide, key = [], ()
     for _ in range(60):
-        wide = [wide, wide]
-    for sizes in ({"n_layer": wide}, {"bias": wide}, {"gelu": wide}):
-        assert "got list" in refused(checkpoint(tmp_path / "ckpt.pt", gpt(), **sizes))
-
-
-@pytest.mark.parametrize("width, depth", [(2, 60), (1000, 3)])
-def test_tuples_of_one_tuple_are_counted(tmp_path, width, depth):
-    """2^60 tuples as the key of a dict, and 10^9, in a pickle of some hundred bytes."""
-    key = ()
-    for _ in range(depth):
-        key = (key,) * width
-    with zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as archive:     # no dict here could hold it
+        wide, key = [wide, wide], (key, key)
+    with zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as archive:     # {key: 1}, which Python hashes
         archive.writestr("archive/data.pkl", b"\x80\x02}" + pickle.dumps(key, 2)[2:-1] + b"K\x01s.")
     assert "a pickle of fewer than 500,000 objects, got more" in refused(tmp_path / "ckpt.pt")
+    for sizes in ({"n_layer": wide}, {"bias": wide}, {"gelu": wide}):
+        assert "got list" in refused(checkpoint(tmp_path / "ckpt.pt", gpt(), **sizes))
 
 
 def test_objects_of_a_pickle_by_hand(monkeypatch):
@@ -602,47 +581,3 @@ def test_a_run_refuses_before_training(tmp_path, capsys):
         errors = capsys.readouterr().err
         assert "--student_init: expected a " in errors and message in errors
         assert errors.count("\n") == 1
-
-
-# --- a campaign -----------------------------------------------------------------------------------
-
-NONSENSE = [None, True, False, 0, -1, 1.5, 10**30, -10**30, 1e300, float("nan"), float("inf"), "",
-            "8", "\x1b]0;x\x07", "\u202e", [], [8], {}, {"8": 8}, [[]] * 50]
-
-
-def bad_entry(rng, path):
-    header, numbers = layout(conv1d(gpt()))
-    name, field = rng.choice(list(header)), rng.choice(["dtype", "shape", "data_offsets"])
-    if rng.random() < 0.2:
-        header[name + rng.choice("xyz")] = header.pop(name)
-    elif rng.random() < 0.5:
-        header[name][field] = rng.choice(NONSENSE)
-    elif field != "dtype":
-        place = rng.randrange(len(header[name][field]))
-        header[name][field][place] += rng.choice([-4, -1, 1, 4, 8, 10**6, 2**63])
-    else:
-        header[name] = rng.choice(NONSENSE)
-    (path / "model.safetensors").write_bytes(assemble(header, numbers))
-
-
-def bad_bytes(rng, path):
-    """Cut, longer, or with other bytes: a checkpoint, or a folder's file."""
-    file = rng.choice([checkpoint(path / "ckpt.pt", gpt()), path / "model.safetensors"])
-    raw = file.read_bytes()
-    cut = rng.randrange(len(raw) - 22)          # the last 22 bytes of a zip file locate the rest
-    changed = [raw[:cut], rng.randbytes(cut), raw[:cut] + rng.randbytes(len(raw) - cut)]
-    if file.name != "ckpt.pt":
-        (path / "ckpt.pt").unlink()
-        place = 8 + rng.randrange(*struct.unpack("<Q", raw[:8]))    # no JSON has the byte 1
-        changed += [raw + b"x", rng.randbytes(8) + raw[8:], raw[:place] + b"\1" + raw[place + 1:]]
-    file.write_bytes(rng.choice(changed))
-
-
-@pytest.mark.parametrize("spoil", [bad_entry, bad_bytes])
-def test_campaign(tmp_path, spoil):
-    """200 spoiled files, 100 of each kind: one line each, and none of them is taken."""
-    tensors = conv1d(gpt())
-    for seed in range(100):
-        path = folder_of(tmp_path / str(seed), tensors)
-        spoil(random.Random(seed), path)
-        refused(path / "ckpt.pt" if (path / "ckpt.pt").exists() else path)
