@@ -166,15 +166,14 @@ def check_pickle(pickled, path):
     which are hashed where it is a key. Nesting them 200,000 deep ends Python: a level adds 1 %.
     """
     stack, memo = [], {}        # counts; 0 is a mark
-    for i, (step, argument, _) in enumerate(pickletools.genops(pickled)):
+    for step, argument, _ in pickletools.genops(pickled):
         held = memo[argument] if "GET" in step.name else 0
         for kind in reversed(step.stack_before):
             held += 0 if kind is pickletools.stackslice else stack.pop()
             while kind is pickletools.stackslice and stack[-1]:
                 held += stack.pop()
         count = 0 if step.name == "MARK" else 1 + 1.01 * held
-        expect(max(i, count) < MOST_OBJECTS, f"a pickle of fewer than {MOST_OBJECTS:,} objects",
-               "more", path)
+        expect(count < MOST_OBJECTS, f"a pickle of fewer than {MOST_OBJECTS:,} objects", "more", path)
         stack += [count] * len(step.stack_after)
         if "PUT" in step.name:
             memo[argument] = stack[-1]

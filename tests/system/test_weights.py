@@ -1,6 +1,5 @@
 """Weights in and out: every file below is written here by hand, byte for byte, or by torch.save."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -334,6 +333,13 @@ def test_settings_that_are_refused(tmp_path, setting, value, message):
     assert message in refused(path)
 
 
+def test_more_layers_than_tensors(tmp_path):
+    """Of a width of 2 a long context has numbers enough for 200 layers, but not tensors."""
+    small = dict(n_embd=2, n_head=1, n_layer=1)
+    path = folder_of(tmp_path, conv1d(gpt(**small, block_size=5000)), **{**small, "n_layer": 200})
+    assert "weights for n_layer 200 and n_embd 2, got 10," in refused(path)
+
+
 def entry(header, numbers, **fields):
     """The file with other fields for the first tensor, which takes the bytes 0 to 9600."""
     return assemble({**header, WTE: {**header[WTE], **fields}}, numbers)
@@ -494,9 +500,9 @@ def test_other_content_is_refused(tmp_path):
 
 
 def test_bombs_are_refused(tmp_path):
-    """A pickle of four million lists in four compressed kilobytes or as it is; 2^60 tuples as the
+    """A pickle of 600,000 lists in a compressed kilobyte or as it is; 2^60 tuples as the
     key of a dict; sizes whose repr has 2^60 brackets."""
-    lists = b"\x80\x02](" + b"]" * 4_000_000 + b"e."
+    lists = b"\x80\x02](" + b"]" * 600_000 + b"e."
     for compression, message in [(zipfile.ZIP_DEFLATED, "without compression"),
                                  (zipfile.ZIP_STORED, "a pickle of fewer than 500,000 objects")]:
         with zipfile.ZipFile(tmp_path / "bomb", "w", compression) as archive:
