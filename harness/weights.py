@@ -173,7 +173,8 @@ def check_pickle(pickled, path):
             while kind is pickletools.stackslice and stack[-1]:
                 held += stack.pop()
         count = 0 if step.name == "MARK" else 1 + 1.01 * held
-        expect(count < MOST_OBJECTS, f"a pickle of fewer than {MOST_OBJECTS:,} objects", "more", path)
+        expect(count < MOST_OBJECTS, f"a pickle of fewer than {MOST_OBJECTS:,} objects", "more",
+               path)
         stack += [count] * len(step.stack_after)
         if "PUT" in step.name:
             memo[argument] = stack[-1]
