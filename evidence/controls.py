@@ -225,6 +225,19 @@ def variant(config, who, *more):
     return f"{who}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
+@dataclass(frozen=True)
+class KeepAs:
+    """`keep` of one variant of a model: it is named in the name of every stage."""
+    keep: object
+    config: Config
+    who: str
+    more: tuple = ()
+
+    def __call__(self, stage, f, *args, **aside):
+        more = () if stage.endswith("sft") else self.more       # fine-tuning reads no labels
+        return self.keep(f"{stage}-{variant(self.config, self.who, *more)}", f, *args, **aside)
+
+
 def quietly(f, *args):
     """f(*args). What training prints goes nowhere."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
@@ -242,10 +255,6 @@ class Seed:
         self.keep = Keep(out / f"seed{seed}", CPU, quiet=True)
         self.keep.seed = seed
 
-    def keep_as(self, name):
-        """`keep`, with the name of every stage ending in `name`: variants of a stage coexist."""
-        return lambda stage, f, *args, **aside: self.keep(f"{stage}-{name}", f, *args, **aside)
-
     def once(self, name, f, *args):
         """f(*args), remembered under `name`."""
         if name not in self.known:
@@ -256,13 +265,14 @@ class Seed:
         return self.once(variant(config, "task"), self._task, config)
 
     def student(self, config):
-        name = variant(config, "student")
-        return self.once(name, self._student, config, self.keep_as(name))
+        return self.once(variant(config, "student"), self._student, config,
+                         KeepAs(self.keep, config, "student"))
 
     def teacher(self, config, labels):
         """(reference, teacher), trained on the pairs and labels of `Cell.teacher`."""
-        name = variant(config, "teacher", labels, config.student_pairs * (labels == "unseen"))
-        return self.once(name, self._teacher, config, labels, self.keep_as(name))
+        more = (labels, config.student_pairs) if labels == "unseen" else (labels,)
+        return self.once(variant(config, "teacher", *more), self._teacher, config, labels,
+                         KeepAs(self.keep, config, "teacher", more))
 
     def _task(self, config):
         pairs = load_pairs(config.data) if config.data else None
@@ -321,7 +331,7 @@ def loss_of(cell, config, at):
 
     if cell.method == "bc":
         return Likelihood(teacher_answers(config, at.seed, pairs, task.tokenizer, teacher,
-                                          at.keep_as(variant(config, "teacher", cell.teacher))))
+                                          KeepAs(at.keep, config, "teacher", (cell.teacher,))))
     if cell.method == "released":
         return NextEntropy(pairs, cell.dose)
     kd = WarmKD(pairs, teacher, cell.dose) if "warm" in words else KD(pairs, teacher)

@@ -1,18 +1,18 @@
-"""The figures of docs/results.md as SVG, from the records. Bars are 95% intervals over seeds."""
+"""The figures of the documents as SVG, from the records. Bars are 95% intervals over seeds."""
 
 import math
 from html import escape
 
-from evidence.cells import TEACHERS
-from evidence.records import SWEEPS, built, grouped, name_of, option_of, plain_name, summary
+from evidence.cells import COMPARED, TEACHERS, as_row, with_options
+from evidence.records import built, grouped, name_of, plain_name, point, summary
 from harness.report import COLOURS, scale, spread, ticks
 
-LINES = ("dpo", "tvkd implicit/value", "kd", "dpo, teacher's soft labels", "sft", "kd, fewer pairs",
-         "kd, fewer probabilities", "dpo, teacher's labels")
-TITLES = {      # the figure's title, its x axis, whether that is logarithmic
-    "alpha": ("Weight of the teacher's value", "alpha", False),
-    "pairs": ("Pairs the student sees", "student's pairs (the teacher's: 3,000)", True),
-    "noise": ("Label noise", "share of the student's labels turned round", False)}
+DPO, TVKD, SOFT, KD = (name_of(as_row(cell)) for cell in COMPARED)
+LINES = (DPO, TVKD, KD, SOFT, "dpo, teacher's labels")
+SWEEPS = {      # the figure's title, what is swept, its x axis, whether that is logarithmic
+    "pairs": ("Pairs the student sees", "student_pairs", "student's pairs (the teacher's: 3,000)",
+              True),
+    "noise": ("Label noise", "dose", "share of the student's labels flipped", False)}
 BARS = "true reward; bars: 95% interval of the difference from DPO"
 PANELS = {"full": "the teacher knows all", "facts": "facts alone", "manners": "manners alone",
           "contrary": "facts, bad manners"}
@@ -31,8 +31,11 @@ def svg(width, height, title, parts):
             '</svg>\n')
 
 
-def figure(lines, title, x_title, y_title, x_log=False, marks=(), joined=True):
-    """SVG. lines: name -> [(x, y, half-width of an interval or None)]; marks: texts at points."""
+def panel(lines, x_title, y_title, x_log=False, marks=(), joined=True):
+    """Parts of an SVG, 480 wide and 276 high.
+
+    lines: name -> [(x, y, half-width of an interval or None)]; marks: texts at the points.
+    """
     points = [point for line in lines.values() for point in line]
     xs = [x for x, _, _ in points]
     low = min(y - (half or 0) for _, y, half in points)
@@ -44,8 +47,8 @@ def figure(lines, title, x_title, y_title, x_log=False, marks=(), joined=True):
     parts += [f'<path class="grid" d="M48 {y(t):.1f}H330"/>'
               f'<text class="right" x="42" y="{y(t) + 4:.1f}">{t:g}</text>'
               for t in ticks(low, high)]
-    parts += [f'<text class="middle" x="{x(forward(t)):.1f}" y="246">{t:g}</text>'
-              for t in x_ticks(xs, x_log)]
+    few = sorted(set(xs)) if len(set(xs)) < 8 else ticks(min(xs), max(xs))
+    parts += [f'<text class="middle" x="{x(forward(t)):.1f}" y="246">{t:g}</text>' for t in few]
     ends = {}
     for name, line in lines.items():
         colour = COLOURS[LINES.index(name)]
@@ -64,69 +67,36 @@ def figure(lines, title, x_title, y_title, x_log=False, marks=(), joined=True):
         colour, a, b = ends[name]
         parts.append(f'<g style="color:{colour}"><path class="lead" d="M{a + 4:.1f} {b:.1f}L338 '
                      f'{height:.1f}"/><text x="341" y="{height + 4:.1f}">{escape(name)}</text></g>')
-    return svg(480, 276, title, parts)
+    return parts
 
 
-def x_ticks(xs, x_log):
-    """The values themselves where they are few, else round numbers, or powers of ten."""
-    if len(set(xs)) < 8:
-        return sorted(set(xs))
-    if not x_log:
-        return ticks(min(xs), max(xs))
-    return [10.0 ** k for k in range(math.ceil(math.log10(min(xs))),
-                                     math.floor(math.log10(max(xs))) + 1)]
-
-
-def swept(record, option):
-    """name -> [(x, mean true reward, interval of the paired difference from DPO at the same x)]."""
-    groups = grouped(record["rows"], lambda row: (plain_name(row), option_of(row, option, record)))
+def sweep(record, name):
+    """Mean true reward at each value; the interval is that of the paired difference from DPO."""
+    title, option, x_title, x_log = SWEEPS[name]
+    groups = grouped(record["rows"], lambda row: (plain_name(row), *point(row, (option,))))
     lines = {}
-    for (name, x), rows in groups.items():
-        point = x, summary(rows, "reward")[0], summary(rows, "vs_dpo")[1]
-        lines.setdefault(name, []).append(point)
-    return level({name: sorted(line) for name, line in lines.items()})
-
-
-def level(lines):
-    """The same lines; a DPO of one point becomes a level line through all the others."""
-    if len(lines["dpo"]) > 1:
-        return lines
-    xs = [x for name, line in lines.items() if name != "dpo" for x, _, _ in line]
-    return {**lines, "dpo": [(x, lines["dpo"][0][1], None) for x in (min(xs), max(xs))]}
+    for (method, x), rows in groups.items():
+        lines.setdefault(method, []).append(
+            (x, summary(rows, "reward")[0], summary(rows, "vs_dpo")[1]))
+    lines = {method: sorted(line) for method, line in lines.items()}
+    return svg(480, 276, title, panel(lines, x_title, BARS, x_log))
 
 
 def frontier(record):
-    """Lines of (KL, reward), a point for each beta in rising order of KL."""
-    groups = grouped(record["rows"], lambda row: (plain_name(row), option_of(row, "beta", record)))
-    lines = {}
-    for (name, beta), rows in sorted(groups.items(), key=lambda item: item[0][1]):
-        point = summary(rows, "kl")[0], summary(rows, "reward")[0], None
-        lines.setdefault(name, []).append(point)
-    return lines
-
-
-def stored(record):
-    """Lines of (bytes, reward): KD on fewer pairs, from fewer probabilities, and single points."""
-    lines = {}
-    for name, rows in grouped(record["rows"]).items():
-        if rows[0]["method"] == "kd":
-            name = "kd, fewer probabilities" if rows[0]["control"] else "kd, fewer pairs"
-        point = (summary(rows, "bytes")[0], summary(rows, "reward")[0], summary(rows, "vs_dpo")[1])
-        lines.setdefault(name, []).append(point)
-    return level({name: sorted(line) for name, line in lines.items()})
-
-
-def gains(record):
-    """Points of (reward of the teacher, difference from DPO), one a seed."""
-    groups = grouped(record["rows"])
-    teachers = {row["seed"]: row["reward"] for row in groups["teacher"]}
-    return {name: sorted((teachers[row["seed"]], row["vs_dpo"], None) for row in groups[name])
-            for name in ("tvkd implicit/value", "kd", "dpo, teacher's soft labels")}
+    """Lines of (KL, reward), a point for each beta that all methods have."""
+    groups = grouped(record["rows"], lambda row: (plain_name(row), *point(row, ("beta",))))
+    betas = sorted({beta for name, beta in groups if name == DPO})
+    lines = {name: [(summary(groups[name, beta], "kl")[0],
+                     summary(groups[name, beta], "reward")[0], None) for beta in betas]
+             for name in (DPO, TVKD, SOFT)}
+    return svg(480, 276, "Reward and distance from the reference", panel(
+        lines, "KL to the reference, nats per response", "true reward; beside each point its beta",
+        marks=[f"{beta:g}" for beta in betas]))
 
 
 def forest(record):
     """Difference from DPO: a line a method, a panel a teacher."""
-    groups = grouped([row for row in record["rows"] if row["method"] != "dpo" or row["control"]],
+    groups = grouped([row for row in record["rows"] if name_of(row) != DPO],
                      lambda row: (name_of(row), row["teacher"]))
     names = list(dict.fromkeys(name for name, _ in groups))
     points = {key: summary(rows, "vs_dpo") for key, rows in groups.items()}
@@ -151,39 +121,41 @@ def forest(record):
     return svg(814, bottom + 24, "True reward minus DPO, by what the teacher was taught", parts)
 
 
-def sweep_figure(record, name):
-    title, x_title, x_log = TITLES[name]
-    return figure(swept(record, SWEEPS[name]), title, x_title, BARS, x_log)
+def parameters(layers, width):
+    """Of a model of the toy task, roughly: 12 C^2 a block, and its embedding."""
+    return 12 * layers * width ** 2 + (453 + 64) * width
 
 
-def frontier_figure(record):
-    soft = "dpo, teacher's soft labels"
-    betas = sorted({option_of(row, "beta", record) for row in record["rows"]
-                    if plain_name(row) != soft})
-    lines = frontier(record)
-    lines[soft] = lines[soft][-len(betas):]     # the betas of the others, so that marks fit
-    return figure(lines, "Reward and distance from the reference",
-                  "KL to the reference, nats per response",
-                  "true reward; beside each point its beta", marks=[f"{beta:g}" for beta in betas])
+def sizes(record):
+    """Difference from DPO: by the ratio of parameters, and by the teacher's reward, a point a seed.
+    """
+    by_ratio, by_reward, teachers = {}, {}, {}
+    for row in record["rows"]:
+        width, layers, teacher = point(row, ("student_width", "student_layers", "teacher_width"))
+        if row["method"] == "teacher":
+            teachers[row["seed"], teacher] = row["reward"]
+        elif row["vs_dpo"] is not None:
+            ratio = parameters(2, teacher) / parameters(layers, width)
+            by_ratio.setdefault((plain_name(row), round(ratio, 1)), []).append(row)
+            by_reward.setdefault(plain_name(row), []).append(
+                (teachers[row["seed"], teacher], row["vs_dpo"], None))
+    lines = {}
+    for (name, ratio), rows in sorted(by_ratio.items()):
+        lines.setdefault(name, []).append((ratio, *summary(rows, "vs_dpo")))
+    left = panel(lines, "parameters of the teacher over the student's",
+                 "true reward minus DPO; bars: 95% intervals", x_log=True, joined=False)
+    right = panel({name: sorted(points) for name, points in by_reward.items()},
+                  "true reward of the teacher", "true reward minus DPO; a point a seed and size",
+                  joined=False)
+    return svg(960, 276, "Sizes of teacher and student",
+               [*left, '<g transform="translate(480 0)">', *right, "</g>"])
 
 
-def bytes_figure(record):
-    return figure(stored(record), "What is stored of the teacher", "bytes per response token",
-                  BARS, True)
-
-
-def gains_figure(record):
-    return figure(gains(record), "Weak and strong teachers", "true reward of the teacher",
-                  "true reward minus DPO; a point a seed", joined=False)
-
-
-FIGURES = {"frontier": ("frontier", frontier_figure), "bytes": ("bytes", bytes_figure),
-           "gains": ("main", gains_figure), "knowledge": ("knowledge", forest)}
+FIGURES = {"frontier": (frontier,), "knowledge": (forest,), "sizes": (sizes,),
+           **{name: (sweep, name) for name in SWEEPS}}
 
 
 def figures(records):
     """File name -> SVG, of the records there are."""
-    drawn = {name: built(name, sweep_figure, records[name], name)
-             for name in TITLES if name in records}
-    return drawn | {file: built(name, draw, records[name])
-                    for file, (name, draw) in FIGURES.items() if name in records}
+    return {name: built(name, draw, records[name], *args)
+            for name, (draw, *args) in FIGURES.items() if name in records}
