@@ -120,7 +120,7 @@ REAL = {"block_size": 256, "student_sft_steps": 200, "teacher_sft_steps": 200,
         "teacher_dpo_steps": 60, "steps": 120, "val_pairs": 150, "test_pairs": 250}
 HUMAN = {"block_size": 64, "batch_size": 64, "teacher_layers": 3, "teacher_heads": 8,
          "teacher_width": 128, "student_layers": 2, "student_heads": 4, "student_width": 64,
-         "teacher_sft_steps": 600, "teacher_dpo_steps": 360, "teacher_dpo_lr": 3e-4,
+         "teacher_sft_steps": 600, "teacher_dpo_steps": 180, "teacher_dpo_lr": 3e-4,
          "student_sft_steps": 400, "val_pairs": 100, "test_pairs": 1400, "max_new_tokens": 32}
 HUMAN_STEPS = {300: (30, 60, 120), 3000: (60, 120, 240)}
 
@@ -130,12 +130,12 @@ def tuning(cells, grid, seeds=TUNING_SEEDS, split="val"):
                               for cell in cells for setting in grid])
 
 
-def own_tuning(cells, all_steps, split="val", higher=0):
-    """Every number of steps with each of the four rates of a method, or of higher ones."""
+def own_tuning(cells, all_steps, split="val", higher=0, rates=4):
+    """Every number of steps with each of the first rates of a method, or of higher ones."""
     tried = []
     for cell in cells:
         first = FIRST_RATE.get(cell.method, 0) + higher
-        grid = [{"steps": steps, "lr": lr} for steps in all_steps for lr in RATES[first:first + 4]]
+        grid = [{"steps": steps, "lr": lr} for steps in all_steps for lr in RATES[first:first + rates]]
         tried += tuning([cell], grid, split=split).cells
     return Experiment(TUNING_SEEDS, tried)
 
@@ -155,7 +155,7 @@ def record_name(kind, file):
 def tuning_experiment(name, file=None):
     """The Experiment that chooses settings, by name."""
     if name.startswith("tune_human"):
-        parts = [own_tuning(human([*ON_FILES, KD_TVKD], file, n), steps, "choice")
+        parts = [own_tuning(human([*ON_FILES, KD_TVKD], file, n), steps, "choice", rates=3)
                  for n, steps in HUMAN_STEPS.items()]
         return Experiment(TUNING_SEEDS, [cell for part in parts for cell in part.cells])
     if name.startswith("tune_real"):

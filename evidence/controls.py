@@ -378,15 +378,17 @@ def numbers_of(cell, at):
     else:
         if cell.method not in ("teacher", "sft"):
             model = quietly(fit, ref, loss, config.recipe("steps", "lr"), at.seed)
-        numbers = measured(model, ref, config, held_out, cell)
+        numbers = measured(model, ref, config, held_out, cell, at)
     return {**numbers, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def measured(model, ref, config, held_out, cell):
+def measured(model, ref, config, held_out, cell, at):
     """Numbers of one model."""
     if config.data and cell.split != "test":            # settings are chosen by accuracy alone
-        policy, reference = (pair_logps(x, held_out.pairs, config) for x in (model, ref))
-        margins = (policy - reference)[0] - (policy - reference)[1]
+        reference = at.once(("held out", id(ref), cell.split), pair_logps, ref, held_out.pairs,
+                            config)
+        chosen, rejected = pair_logps(model, held_out.pairs, config) - reference
+        margins = chosen - rejected
         return {"reward": None, "pref_acc": is_correct(margins).mean().item(),
                 "pref_n": len(margins)}
     beta = config.teacher_beta if cell.method == "teacher" else config.beta
