@@ -26,6 +26,7 @@ import statistics
 import time
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn as nn
@@ -33,14 +34,16 @@ import torch.nn.functional as F
 
 import data
 from evidence.cells import defaults
-from harness.evaluate import HeldOut, evaluate, is_correct, sample, spoken
+from harness.command import new_model
+from harness.evaluate import HeldOut, all_pair_logps, evaluate, is_correct, spoken
 from harness.keep import Keep
 from harness.options import Config
 from harness.preferences import load_pairs
+from harness.sampling import sample
 from harness.texts import load_task
-from model import both_responses, response_logps, rows_logps, state_values, summed_psi
-from train import DPO, KD, TVKD, Likelihood, fit, new_model, teacher_answers, train_teacher
-from tvkd import action_logps, dpo_loss, kd_loss, sequence_logps
+from model import both_responses, state_values, summed_psi
+from train import DPO, KD, TVKD, Likelihood, OfPairs, fit, teacher_answers, train_teacher
+from tvkd import action_logps, dpo_loss, kd_loss
 
 CPU = torch.device("cpu")
 
@@ -107,39 +110,18 @@ LABELS = {"full": data.reward, "facts": facts_alone, "manners": manners_alone,
 
 
 # --------------------------------------------------------------------------------------------------
-# Losses, of the form that train.py describes: of a whole batch, on one thread
+# Losses, of the form that train.py describes
 
 @dataclass(frozen=True, eq=False)
-class OfPairs:
-    """What the losses of pairs share."""
-    pairs: list
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def batch(self, ids):
-        """Indices -> tokens (2B, T+1), mask (2B, T): B chosen, B rejected."""
-        return data.collate(both_responses([self.pairs[int(i)] for i in ids]))
-
-
-def sums(losses, tokens):
-    return {"loss": losses.sum(), "n": len(losses), "tokens": tokens.numel()}
-
-
-@dataclass(frozen=True, eq=False)
-class SoftDPO(OfPairs):
+class Labelled(DPO):
     """DPO with soft labels: -p log sigmoid(margin) - (1 - p) log sigmoid(-margin), p (N,)."""
-    ref_logps: torch.Tensor
     probability: torch.Tensor
-    beta: float
 
-    def __call__(self, model, ids):
-        tokens, mask = self.batch(ids)
-        chosen, rejected = sequence_logps(response_logps(model, tokens, mask), mask).chunk(2)
-        (ref_chosen, ref_rejected), p = self.ref_logps[:, ids], self.probability[ids]
-        return sums(p * dpo_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta)
-                    + (1 - p) * dpo_loss(rejected, chosen, ref_rejected, ref_chosen, self.beta),
-                    tokens)
+    def losses(self, logps, ids):
+        (chosen, rejected), (ref_chosen, ref_rejected) = logps, self.ref_logps[:, ids]
+        p = self.probability[ids]                                               # (B,)
+        return (p * dpo_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta)
+                + (1 - p) * dpo_loss(rejected, chosen, ref_rejected, ref_chosen, self.beta))
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +131,11 @@ class WarmKD(OfPairs):
     temperature: float
 
     def __call__(self, model, ids):
-        (tokens, mask), t = self.batch(ids), self.temperature
+        tokens, mask = data.collate(both_responses(self.rows(ids)))
         with torch.no_grad():
-            teacher_logits = self.teacher(tokens) / t                           # (2B, T+1, V)
-        loss = kd_loss(model(tokens) / t, teacher_logits, mask) * t ** 2
-        return {"loss": loss, "n": 1, "tokens": tokens.numel()}
+            teacher_logits = self.teacher(tokens) / self.temperature            # (2B, T+1, V)
+        loss, n = kd_loss(model(tokens) / self.temperature, teacher_logits, mask), mask.sum()
+        return {"loss": loss * n * self.temperature ** 2, "n": n, "tokens": tokens.numel()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,9 +148,10 @@ class NextEntropy(OfPairs):
     sign: float
 
     def __call__(self, model, ids):
-        tokens, mask = self.batch(ids)
+        tokens, mask = data.collate(both_responses(self.rows(ids)))
         chosen, rejected = entropy_rewards(model, tokens, mask, self.sign).chunk(2)
-        return sums(-F.logsigmoid(chosen - rejected), tokens)
+        losses = -F.logsigmoid(chosen - rejected)
+        return {"loss": losses.sum(), "n": len(losses), "tokens": tokens.numel()}
 
 
 def entropy_rewards(model, tokens, mask, sign):
@@ -184,17 +167,25 @@ def entropy_rewards(model, tokens, mask, sign):
 
 @dataclass(frozen=True, eq=False)
 class Both:
-    """The sum of two mean losses."""
-    first: object
-    second: object
+    """KD's loss of a token plus another one's of a pair, as means over a batch."""
+    kd: object
+    other: object
 
     def __len__(self):
-        return len(self.first)
+        return len(self.kd)
+
+    @property
+    def lengths(self):
+        return self.kd.lengths
+
+    @cached_property
+    def tokens_of_pair(self):
+        return statistics.fmean(len(p.chosen) + len(p.rejected) for p in self.kd.pairs)
 
     def __call__(self, model, ids):
-        first, second = self.first(model, ids), self.second(model, ids)
-        return {"loss": first["loss"] / first["n"] + second["loss"] / second["n"], "n": 1,
-                "tokens": first["tokens"]}
+        kd, sums = self.kd(model, ids), self.other(model, ids)
+        return {"loss": kd["loss"] / self.tokens_of_pair + sums["loss"], "n": sums["n"],
+                "tokens": sums["tokens"]}
 
 
 class Normalised(nn.Module):
@@ -233,9 +224,15 @@ class KeepAs:
     who: str
     more: tuple = ()
 
-    def __call__(self, stage, f, *args, **aside):
+    def name(self, stage):
         more = () if stage.endswith("sft") else self.more       # fine-tuning reads no labels
-        return self.keep(f"{stage}-{variant(self.config, self.who, *more)}", f, *args, **aside)
+        return f"{stage}-{variant(self.config, self.who, *more)}"
+
+    def __call__(self, stage, f, *args):
+        return self.keep(self.name(stage), f, *args)
+
+    def train(self, stage, f, *args):
+        return self.keep.train(self.name(stage), f, *args)
 
 
 def quietly(f, *args):
@@ -280,16 +277,15 @@ class Seed:
 
     def _student(self, config, keep):
         task = self.task(config)
-        model = new_model("student", config, task.tokenizer.n_vocab, self.seed, CPU)
-        return keep("sft", fit, model, Likelihood([[row] for row in task.ids.sft]),
-                    config.recipe("student_sft_steps", "student_sft_lr"), self.seed)
+        return keep.train("sft", fit, new_model("student", config, task, self.seed, CPU),
+                          Likelihood([[row] for row in task.ids.sft]),
+                          config.recipe("student_sft_steps", "student_sft_lr"), self.seed)
 
     def _teacher(self, config, labels, keep):
-        task = self.task(config)
+        task, val = self.task(config), self.held_out(config, "val")
+        few = replace(val, pairs=val.pairs[:1], texts=val.texts[:1])
         ids = task.ids._replace(train=self.pairs_of_teacher(config, labels))
-        model = new_model("teacher", config, task.tokenizer.n_vocab, self.seed, CPU)
-        few = replace(self.held_out(config, "val"), pairs=ids.val[:1], texts=task.texts.val[:1])
-        return train_teacher(config, self.seed, ids, model, few, keep)
+        return train_teacher(config, self.seed, task._replace(ids=ids), CPU, few, keep)
 
     def pairs_of_teacher(self, config, labels):
         task, (kind, _, share) = self.task(config), labels.partition(" ")
@@ -315,7 +311,7 @@ def loss_of(cell, config, at):
     """The loss of a cell. at: the Seed."""
     task, words = at.task(config), cell.control.split()
     pairs = task.ids.train[:config.student_pairs or None]
-    ref_logps = pair_logps(at.student(config), pairs, config)                   # (2, N)
+    ref_logps = all_pair_logps(at.student(config), pairs, config.batch_size)    # (2, N)
     teacher = psi = None
     if cell.value or cell.method in ("bc", "kd", "kd+dpo"):
         teacher_ref, teacher = at.teacher(config, cell.teacher)
@@ -330,25 +326,20 @@ def loss_of(cell, config, at):
         pairs, ref_logps, psi = flipped(psi[0] < psi[1], pairs, ref_logps, psi)
 
     if cell.method == "bc":
-        return Likelihood(teacher_answers(config, at.seed, pairs, task.tokenizer, teacher,
-                                          KeepAs(at.keep, config, "teacher", (cell.teacher,))))
+        return Likelihood(quietly(teacher_answers, config, at.seed, pairs, task, teacher,
+                                  KeepAs(at.keep, config, "teacher", (cell.teacher,))))
     if cell.method == "released":
         return NextEntropy(pairs, cell.dose)
     kd = WarmKD(pairs, teacher, cell.dose) if "warm" in words else KD(pairs, teacher)
     if cell.method == "kd":
         return kd
     if cell.method.endswith("tvkd"):
-        loss = TVKD(pairs, ref_logps, psi, config.beta, config.alpha)
+        loss = TVKD(pairs, ref_logps, config.beta, psi, config.alpha)
     elif {"soft", "mean", "evidence"} & set(words):
-        loss = SoftDPO(pairs, ref_logps, soft_label(words[0], psi[0] - psi[1]), config.beta)
+        loss = Labelled(pairs, ref_logps, config.beta, soft_label(words[0], psi[0] - psi[1]))
     else:
         loss = DPO(pairs, ref_logps, config.beta)
     return Both(kd, loss) if cell.method.startswith("kd+") else loss
-
-
-def pair_logps(model, pairs, config):
-    """Log-probs of the chosen and of the rejected responses: (2, N)."""
-    return rows_logps(model, both_responses(pairs), config.batch_size).view(2, -1)
 
 
 def psi_of(cell, config, pairs, teacher, teacher_ref):
@@ -385,9 +376,10 @@ def numbers_of(cell, at):
 def measured(model, ref, config, held_out, cell, at):
     """Numbers of one model."""
     if config.data and cell.split != "test":            # settings are chosen by accuracy alone
-        reference = at.once(("held out", id(ref), cell.split), pair_logps, ref, held_out.pairs,
-                            config)
-        chosen, rejected = pair_logps(model, held_out.pairs, config) - reference
+        reference = at.once(("held out", id(ref), cell.split), all_pair_logps, ref, held_out.pairs,
+                            config.batch_size)
+        logps = all_pair_logps(model, held_out.pairs, config.batch_size)
+        chosen, rejected = logps - reference
         margins = chosen - rejected
         return {"reward": None, "pref_acc": is_correct(margins).mean().item(),
                 "pref_n": len(margins)}

@@ -17,6 +17,7 @@ their number changes no result.
 
 import harness      # first: it sets how threads wait, which must happen before torch is imported
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -30,16 +31,16 @@ from pathlib import Path
 import torch
 
 from data import UserError, printable
+from evidence import controls
 from evidence.cells import (EXPERIMENTS, Experiment, Picker, as_row, defaults, experiment, identity,
                             record_name, tuning_experiment, tunings_of, with_options)
-from evidence.controls import Seed, numbers_of
 from evidence.records import Parser, exit_code
-from harness.keep import digest_of_code, lock, write
+from harness.code import definitions
+from harness.files import write
+from harness.keep import lock
 from harness.preferences import load_pairs
 
 RESULTS = Path(__file__).resolve().parent / "results"
-CODE = ("tvkd.py", "model.py", "data.py", "train.py", "harness/evaluate.py",
-        "harness/tokenizers.py", "evidence/controls.py")
 ON_FILES = ("human", "real")
 
 
@@ -56,8 +57,8 @@ def start_process():
 
 def work(out, seed, cell):
     """Train and measure one cell -> its row, and the seconds with all that it had to wait for."""
-    started, at = time.perf_counter(), SEEDS.setdefault(seed, Seed(out, seed))
-    numbers = numbers_of(cell, at)
+    started, at = time.perf_counter(), SEEDS.setdefault(seed, controls.Seed(out, seed))
+    numbers = controls.numbers_of(cell, at)
     return {**as_row(cell), "seed": seed, **numbers}, time.perf_counter() - started
 
 
@@ -66,7 +67,7 @@ def work(out, seed, cell):
 
 def run(name, planned, results, jobs):
     """Do what the record lacks, and write it after every cell."""
-    path, code = results / f"{name}.json", digest_of_code(CODE)[:12]
+    path, code = results / f"{name}.json", digest_of_code()
     rows = rows_in(path, planned)
     tasks = [task for task in tasks_of(planned) if task not in rows]
     pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_process)
@@ -90,6 +91,13 @@ def run(name, planned, results, jobs):
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)
+
+
+def digest_of_code():
+    """Of all definitions that make numbers. Those of the method count without their comments."""
+    parts = sorted(digest for digest, _ in definitions().values())
+    parts.append(Path(controls.__file__).read_text(encoding="utf-8"))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
 def tasks_of(planned):
