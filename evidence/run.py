@@ -24,7 +24,6 @@ import os
 import platform
 import signal
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -56,10 +55,9 @@ def start_process():
 
 
 def work(out, seed, cell):
-    """Train and measure one cell -> its row, and the seconds with all that it had to wait for."""
-    started, at = time.perf_counter(), SEEDS.setdefault(seed, controls.Seed(out, seed))
-    numbers = controls.numbers_of(cell, at)
-    return {**as_row(cell), "seed": seed, **numbers}, time.perf_counter() - started
+    """Train and measure one cell -> its row."""
+    at = SEEDS.setdefault(seed, controls.Seed(out, seed))
+    return {**as_row(cell), "seed": seed, **controls.numbers_of(cell, at)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -77,10 +75,11 @@ def run(name, planned, results, jobs):
         futures = {pools[seed % jobs].submit(work, results / "work", seed, cell): (seed, cell)
                    for seed, cell in tasks}
         for number, future in enumerate(as_completed(futures), 1):
-            task, (row, now) = futures[future], future.result()
+            task, row = futures[future], future.result()
             rows[task] = {**row, "code": code}
             write_record(path, planned, rows)
-            left, spent, expected = left - seconds(task), spent + now, expected + seconds(task)
+            left, spent = left - seconds(task), spent + row["seconds"]
+            expected += seconds(task)
             print(f"{name} seed {task[0]}  {title(task[1])}  {score_text(row)}  "
                   f"{row['seconds']:.0f} s; {len(tasks) - number} cells left, about "
                   f"{left * spent / expected / jobs / 60:.0f} min", flush=True)
