@@ -101,7 +101,7 @@ def expect_working_folder():
         raise UserError("expected a working folder that exists, got one that was deleted") from None
 
 
-def exit_code(run, *args):
+def exit_code(run, *args, program="train.py"):
     """run(*args) -> 0, or a line on stderr and an exit code: 2 the user's mistake, 130 Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -109,6 +109,7 @@ def exit_code(run, *args):
     try:
         expect_working_folder()
         run(*args)
+        sys.stdout.flush()                          # here, where a closed pipe can be told
         return 0
     except UserError as error:
         status, message = 2, str(error)
@@ -133,5 +134,5 @@ def exit_code(run, *args):
         else:
             raise
     if sys.stderr:
-        print(f"train.py: {printable(message)}", file=sys.stderr)
+        print(f"{program}: {printable(message)}", file=sys.stderr)
     return status
