@@ -1,4 +1,4 @@
-"""What a training step, a second thread, sampling and the output head cost: docs/speed.md.
+"""What a training step, a second thread, sampling and memory cost: docs/speed.md.
 
     python -m evidence.bench                    a line a figure: ok or MISSED, value, limit
     python -m evidence.bench --large[=cuda]     a GPT-2 small student, a GPT-2 medium teacher
@@ -6,14 +6,12 @@
     python -m evidence.bench --quick            tiny sizes: whether it runs; no figure counts
 
 Times are ratios: two things run in turn, A B A B ..., and the median of the ratios of neighbours
-counts, so that a busy machine slows both alike. Memory is counted: every call of torch's allocator,
-every tensor that autograd keeps. A missed limit is marked.
+counts, so that a busy machine slows both alike. Memory is that of all tensors that autograd keeps.
 """
 
 import harness      # first: it sets how threads wait, which must happen before torch is imported
 
 import io
-import itertools
 import os
 import platform
 import statistics
@@ -24,30 +22,28 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")      # or torch's profiler writes to stderr
 import torch
-import torch.nn.functional as F
 
 import data
 from data import UserError
-from evidence.records import Parser, exit_code
+from evidence.records import Parser
 from evidence.run import machine
 from harness.command import new_model
 from harness.options import Config
+from harness.outcome import exit_code
 from harness.sampling import generate
 from harness.steps import cut, gradient
 from harness.texts import load_task
 from model import (GPT, GPTConfig, both_responses, device_of, frozen_copy, pair_logps, state_values,
                    summed_psi)
 from train import DPO, TVKD, Likelihood
-from tvkd import action_logps, dpo_loss, sequence_logps
+from tvkd import dpo_loss
 
 CPU, GIB = torch.device("cpu"), 2 ** 30
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 LIMITS = {"tvkd_over_dpo_step": (0, 1.02), "dpo_cached_over_uncached": (0, 0.765),
           "second_thread_gain": (1.5, 9), "generate_speedup": (5, 1e9),
-          "head_memory_ratio": (0, 0.50), "memory_formula_error": (0, 0.10),
-          "large_memory": (0, 1.05)}
+          "memory_formula_error": (0, 0.10), "large_memory": (0, 1.05)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,7 +106,8 @@ class UncachedDPO(DPO):
 
     def losses(self, logps, ids):
         with torch.no_grad():
-            return dpo_loss(*logps, *pair_logps(self.ref, self.rows(ids)), self.beta)
+            ref_logps = pair_logps(self.ref, self.rows(ids))
+        return dpo_loss(*logps, *ref_logps, self.beta)
 
 
 def of_steps(config, task, student, teacher, n, repeats):
@@ -168,16 +165,6 @@ def count(config):
         return sum(p.numel() for p in GPT(config).parameters())
 
 
-def peak_bytes(function):
-    """Most bytes of tensors alive at a time in function(), above those before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profiler:
-        function()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events))
-
-
 def saved_bytes(model, function):
     """Bytes that autograd keeps of function() for its backward, every storage once, no weights."""
     saved, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -224,23 +211,8 @@ def training_bytes(config, pairs, length, scored, others=0):
             "spare": round(4 * pairs * length * scored * 3 * V)}
 
 
-def loss_everywhere(model, pairs):
-    """DPO's loss by log_softmax at every position of both responses in one batch."""
-    tokens, mask = data.collate(both_responses(pairs))
-    logps = action_logps(model(tokens)[:, :-1], tokens[:, 1:])
-    chosen, rejected = sequence_logps(torch.where(mask, logps, 0.0), mask).chunk(2)
-    return -F.logsigmoid(chosen - rejected).sum()
-
-
-def of_memory(quick):
+def of_memory():
     """What is counted, on one thread."""
-    V, T, B, C = (5000, 128, 6, 8) if quick else (50257, 128, 6, 64)
-    model, pairs = GPT(GPTConfig(V, T, 1, 4, C)), random_pairs(B, T, V)
-    loss, weights = dpo_and_tvkd(pairs)[0], list(model.parameters())
-    ours = peak_bytes(partial(gradient, model, loss, list(range(B))))
-    everywhere = peak_bytes(lambda: torch.autograd.grad(loss_everywhere(model, pairs), weights))
-    yield ("head_memory_ratio", ours / everywhere, "peak memory of a DPO gradient over that with "
-           f"log_softmax at every position of the batch, rows half response, V = {V:,}")
     errors = []
     for sizes in ((512, 64, 2, 4, 48), (512, 128, 4, 8, 128), (20000, 64, 2, 4, 64)):
         model = GPT(GPTConfig(*sizes))
@@ -326,7 +298,7 @@ def measured(options):
     repeats, n, B, tokens = (2, 6, 2, 4) if options.quick else (40, config.batch_size, 8, 128)
     yield from of_steps(config, task, student, teacher, n, repeats)
     yield from of_sampling(GPT(GPTConfig(task.tokenizer.n_vocab, 160, 2, 4, 48)), B, tokens)
-    yield from of_memory(options.quick)
+    yield from of_memory()
 
 
 def command(argv):
@@ -351,7 +323,7 @@ def command(argv):
 
 
 def main(argv=None):
-    return exit_code(command, argv)
+    return exit_code(command, argv, program="evidence")
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ LIKE = {SHUFFLED: TVKD, PLUS: TVKD, ZERO: DPO, plus(LOGITS): LOGITS,
 
 TUNING_SEEDS = (100, 101)                               # in no table
 TUNED = [BC, KD, DPO, TVKD, LOGITS, TVKD_MEAN, HALF, HARD, SOFT, KD_DPO, KD_TVKD]
-GRID = [{"steps": steps, "lr": lr} for steps in (60, 120) for lr in (3e-4, 1e-3, 3e-3)]
-# A method's own window of four rates: what copies the teacher at every token likes higher ones.
+THREE = (3e-4, 1e-3, 3e-3)
+# A method's own window of rates: what copies the teacher at every token likes higher ones.
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_RATE = {"bc": 2, "kd": 2, "kd+dpo": 1, "kd+tvkd": 1}
 FAMILIES = {"dpo": [DPO, *sweep([DPO], "beta", (0.5, 2.0))],
@@ -125,19 +125,14 @@ HUMAN = {"block_size": 64, "batch_size": 64, "teacher_layers": 3, "teacher_heads
 HUMAN_STEPS = {300: (30, 60, 120), 3000: (60, 120, 240)}
 
 
-def tuning(cells, grid, seeds=TUNING_SEEDS, split="val"):
-    return Experiment(seeds, [with_options(cell, **setting)._replace(split=split)
-                              for cell in cells for setting in grid])
-
-
-def own_tuning(cells, all_steps, split="val", higher=0, rates=4):
-    """Every number of steps with each of the first rates of a method, or of higher ones."""
+def tuning(cells, all_steps, rates=None, seeds=TUNING_SEEDS, split="val", first=0, n=4):
+    """Every cell at each number of steps with each rate: those given, or n of the cell's own."""
     tried = []
     for cell in cells:
-        first = FIRST_RATE.get(cell.method, 0) + higher
-        grid = [{"steps": steps, "lr": lr} for steps in all_steps for lr in RATES[first:first + rates]]
-        tried += tuning([cell], grid, split=split).cells
-    return Experiment(TUNING_SEEDS, tried)
+        start = FIRST_RATE.get(cell.method, 0) + first
+        tried += [with_options(cell, steps=steps, lr=lr)._replace(split=split)
+                  for steps in all_steps for lr in rates or RATES[start:start + n]]
+    return Experiment(seeds, tried)
 
 
 def on_file(cells, file, options=REAL):
@@ -155,19 +150,19 @@ def record_name(kind, file):
 def tuning_experiment(name, file=None):
     """The Experiment that chooses settings, by name."""
     if name.startswith("tune_human"):
-        parts = [own_tuning(human([*ON_FILES, KD_TVKD], file, n), steps, "choice", rates=3)
+        parts = [tuning(human([*ON_FILES, KD_TVKD], file, n), steps, split="choice", n=3).cells
                  for n, steps in HUMAN_STEPS.items()]
-        return Experiment(TUNING_SEEDS, [cell for part in parts for cell in part.cells])
+        return Experiment(TUNING_SEEDS, sum(parts, []))
     if name.startswith("tune_real"):
-        return tuning(on_file(ON_FILES, file), [{"lr": lr} for lr in (1e-4, 3e-4, 1e-3)], (100,))
+        return tuning(on_file(ON_FILES, file), (120,), (1e-4, 3e-4, 1e-3), seeds=(100,))
     if name == "tune_care":
-        planned = own_tuning(sum(FAMILIES.values(), []), (30, 60, 120, 240))
+        planned = tuning(sum(FAMILIES.values(), []), (30, 60, 120, 240))
         known = set(tuning_experiment("tune").cells)
         return planned._replace(cells=[cell for cell in planned.cells if cell not in known])
-    return {"tune": tuning(TUNED, GRID),
-            "tune_knowledge": tuning(TUNED_KNOWLEDGE, [{"lr": lr} for lr in (3e-4, 1e-3, 3e-3)]),
-            "tune_sizes": own_tuning(SIZES, (60,)),
-            "tune_epochs": own_tuning(COMPARED, EPOCHS, higher=1)}[name]
+    return {"tune": tuning(TUNED, (60, 120), THREE),
+            "tune_knowledge": tuning(TUNED_KNOWLEDGE, (60,), THREE),
+            "tune_sizes": tuning(SIZES, (60,)),
+            "tune_epochs": tuning(COMPARED, EPOCHS, first=1)}[name]
 
 
 def tunings_of(name):
@@ -272,7 +267,8 @@ EXPERIMENTS = {
         for split in ("train", "test")])}
 # A cell is compared with the DPO of the same values of these.
 SWEPT = {"pairs": ("student_pairs",), "noise": ("dose",), "unseen": ("dose",), "wrong": ("dose",),
-         "human": ("student_pairs",), "frontier": ("beta",), "sizes": ("student_width", "student_layers"), "epochs": ("steps",)}
+         "human": ("student_pairs",), "frontier": ("beta",), "epochs": ("steps",),
+         "sizes": ("student_width", "student_layers")}
 
 
 # --------------------------------------------------------------------------------------------------

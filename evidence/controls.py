@@ -208,31 +208,12 @@ class Normalised(nn.Module):
 TEXTS = ("data", "vocab_size", "block_size", "train_pairs", "val_pairs", "test_pairs", "batch_size")
 
 
-def variant(config, who, *more):
-    """A text that names what the texts and the model `who` depend on."""
+def variant(config, who):
+    """A text that names the options that the texts and the model `who` depend on."""
     options = {name: x for name, x in asdict(config).items()
                if name in TEXTS or name.startswith(f"{who}_") and name != "student_pairs"}
-    text = json.dumps([options, *more], sort_keys=True)
+    text = json.dumps(options, sort_keys=True)
     return f"{who}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-@dataclass(frozen=True)
-class KeepAs:
-    """`keep` of one variant of a model: it is named in the name of every stage."""
-    keep: object
-    config: Config
-    who: str
-    more: tuple = ()
-
-    def name(self, stage):
-        more = () if stage.endswith("sft") else self.more       # fine-tuning reads no labels
-        return f"{stage}-{variant(self.config, self.who, *more)}"
-
-    def __call__(self, stage, f, *args):
-        return self.keep(self.name(stage), f, *args)
-
-    def train(self, stage, f, *args):
-        return self.keep.train(self.name(stage), f, *args)
 
 
 def quietly(f, *args):
@@ -248,9 +229,7 @@ class Seed:
     """
 
     def __init__(self, out, seed):
-        self.seed, self.known = seed, {}
-        self.keep = Keep(out / f"seed{seed}", CPU, quiet=True)
-        self.keep.seed = seed
+        self.out, self.seed, self.known = out / f"seed{seed}", seed, {}
 
     def once(self, name, f, *args):
         """f(*args), remembered under `name`."""
@@ -258,34 +237,40 @@ class Seed:
             self.known[name] = quietly(f, *args)
         return self.known[name]
 
+    def keep(self, config, who):
+        """The Keep of a model with these options, in a folder of its own."""
+        keep = self.once(("keep", variant(config, who)), Keep, self.out / variant(config, who), CPU)
+        keep.seed = self.seed
+        return keep
+
     def task(self, config):
         return self.once(variant(config, "task"), self._task, config)
 
     def student(self, config):
-        return self.once(variant(config, "student"), self._student, config,
-                         KeepAs(self.keep, config, "student"))
+        return self.once(variant(config, "student"), self._student, config)
 
     def teacher(self, config, labels):
         """(reference, teacher), trained on the pairs and labels of `Cell.teacher`."""
-        more = (labels, config.student_pairs) if labels == "unseen" else (labels,)
-        return self.once(variant(config, "teacher", *more), self._teacher, config, labels,
-                         KeepAs(self.keep, config, "teacher", more))
+        more = config.student_pairs * (labels == "unseen")
+        return self.once((variant(config, "teacher"), labels, more), self._teacher, config, labels)
 
     def _task(self, config):
         pairs = load_pairs(config.data) if config.data else None
         return load_task(replace(config, student_pairs=0), self.seed, pairs)
 
-    def _student(self, config, keep):
+    def _student(self, config):
         task = self.task(config)
-        return keep.train("sft", fit, new_model("student", config, task, self.seed, CPU),
-                          Likelihood([[row] for row in task.ids.sft]),
-                          config.recipe("student_sft_steps", "student_sft_lr"), self.seed)
+        return self.keep(config, "student").train(
+            "sft", fit, new_model("student", config, task, self.seed, CPU),
+            Likelihood([[row] for row in task.ids.sft]),
+            config.recipe("student_sft_steps", "student_sft_lr"), self.seed)
 
-    def _teacher(self, config, labels, keep):
+    def _teacher(self, config, labels):
         task, val = self.task(config), self.held_out(config, "val")
         few = replace(val, pairs=val.pairs[:1], texts=val.texts[:1])
         ids = task.ids._replace(train=self.pairs_of_teacher(config, labels))
-        return train_teacher(config, self.seed, task._replace(ids=ids), CPU, few, keep)
+        return train_teacher(config, self.seed, task._replace(ids=ids), CPU, few,
+                             self.keep(config, "teacher"))
 
     def pairs_of_teacher(self, config, labels):
         task, (kind, _, share) = self.task(config), labels.partition(" ")
@@ -327,7 +312,7 @@ def loss_of(cell, config, at):
 
     if cell.method == "bc":
         return Likelihood(quietly(teacher_answers, config, at.seed, pairs, task, teacher,
-                                  KeepAs(at.keep, config, "teacher", (cell.teacher,))))
+                                  at.keep(config, "teacher")))
     if cell.method == "released":
         return NextEntropy(pairs, cell.dose)
     kd = WarmKD(pairs, teacher, cell.dose) if "warm" in words else KD(pairs, teacher)

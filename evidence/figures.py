@@ -3,8 +3,8 @@
 import math
 from html import escape
 
-from evidence.cells import COMPARED, TEACHERS, as_row, with_options
-from evidence.records import built, grouped, name_of, plain_name, point, summary
+from evidence.cells import COMPARED, TEACHERS, as_row
+from evidence.records import built, grouped, mean, name_of, plain_name, point
 from harness.report import COLOURS, scale, spread, ticks
 
 DPO, TVKD, SOFT, KD = (name_of(as_row(cell)) for cell in COMPARED)
@@ -77,7 +77,7 @@ def sweep(record, name):
     lines = {}
     for (method, x), rows in groups.items():
         lines.setdefault(method, []).append(
-            (x, summary(rows, "reward")[0], summary(rows, "vs_dpo")[1]))
+            (x, mean(rows, "reward")[0], mean(rows, "vs_dpo")[1]))
     lines = {method: sorted(line) for method, line in lines.items()}
     return svg(480, 276, title, panel(lines, x_title, BARS, x_log))
 
@@ -86,8 +86,8 @@ def frontier(record):
     """Lines of (KL, reward), a point for each beta that all methods have."""
     groups = grouped(record["rows"], lambda row: (plain_name(row), *point(row, ("beta",))))
     betas = sorted({beta for name, beta in groups if name == DPO})
-    lines = {name: [(summary(groups[name, beta], "kl")[0],
-                     summary(groups[name, beta], "reward")[0], None) for beta in betas]
+    lines = {name: [(mean(groups[name, beta], "kl")[0],
+                     mean(groups[name, beta], "reward")[0], None) for beta in betas]
              for name in (DPO, TVKD, SOFT)}
     return svg(480, 276, "Reward and distance from the reference", panel(
         lines, "KL to the reference, nats per response", "true reward; beside each point its beta",
@@ -99,7 +99,7 @@ def forest(record):
     groups = grouped([row for row in record["rows"] if name_of(row) != DPO],
                      lambda row: (name_of(row), row["teacher"]))
     names = list(dict.fromkeys(name for name, _ in groups))
-    points = {key: summary(rows, "vs_dpo") for key, rows in groups.items()}
+    points = {key: mean(rows, "vs_dpo") for key, rows in groups.items()}
     low = min(0, *(mean - (half or 0) for mean, half in points.values()))
     high = max(0, *(mean + (half or 0) for mean, half in points.values()))
     parts, bottom = [], 50 + 18 * len(names)
@@ -141,7 +141,7 @@ def sizes(record):
                 (teachers[row["seed"], teacher], row["vs_dpo"], None))
     lines = {}
     for (name, ratio), rows in sorted(by_ratio.items()):
-        lines.setdefault(name, []).append((ratio, *summary(rows, "vs_dpo")))
+        lines.setdefault(name, []).append((ratio, *mean(rows, "vs_dpo")))
     left = panel(lines, "parameters of the teacher over the student's",
                  "true reward minus DPO; bars: 95% intervals", x_log=True, joined=False)
     right = panel({name: sorted(points) for name, points in by_reward.items()},

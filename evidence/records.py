@@ -3,15 +3,14 @@
 import argparse
 import json
 import math
-import os
 import statistics
-import sys
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from data import UserError, printable
+import numpy as np
+
+from data import UserError
 from evidence.cells import SWEPT, defaults, identity
-from harness.numbers import interval
+from harness.numbers import summary
 
 CONTROLS = {"shuffled": "psi of other pairs", "plus": "plus sign", "beta": "beta / 2",
             "relabel": "teacher's labels", "soft": "teacher's soft labels",
@@ -118,41 +117,25 @@ def known(rows, key):
     return [row[key] for row in rows if row.get(key) is not None]
 
 
-def summary(rows, key):
+def mean(rows, key):
     """Mean over seeds and half-width of its interval; None where unknown."""
-    numbers = known(rows, key)
-    return (statistics.fmean(numbers), interval(numbers)) if numbers else (None, None)
-
-
-def mean_text(numbers, form):
-    """Numbers of the seeds -> "2.36 ± 0.46"; "-" for none."""
-    if not numbers:
-        return "-"
-    half = interval(numbers)
-    margin = "" if half is None else f" ± {half:{form.strip('+')}}"
-    return f"{statistics.fmean(numbers):{form}}{margin}"
+    return summary(known(rows, key))
 
 
 def p_value(numbers):
-    """Two-sided p of Student's t-test that the mean is 0; 1 where it cannot be tested.
-
-    With n degrees of freedom and tan(a) = t / sqrt(n), P(|T| < t) is a finite sum: for even n
-    sin(a) (1 + 1/2 cos^2(a) + 1*3 / (2*4) cos^4(a) + ... to cos^(n-2)), for odd n
-    2/pi (a + sin(a) (cos(a) + 2/3 cos^3(a) + ... to cos^(n-2))).
-    """
+    """Two-sided p of Student's t-test that the mean is 0; 1 where it cannot be tested."""
     n = len(numbers) - 1
     deviation = statistics.stdev(numbers) if n > 0 else 0
     if n < 1 or not any(numbers):
         return 1.0
-    t = abs(statistics.fmean(numbers)) / (deviation / math.sqrt(n + 1)) if deviation else math.inf
-    angle = math.atan2(t, math.sqrt(n)) if t < math.inf else math.pi / 2
-    odd, total = n % 2, 0.0
-    term = math.cos(angle) if odd else 1.0
-    for k in range(odd, n - 1 if odd else n, 2):        # k: the power of cos
-        total += term
-        term *= (k + 1) / (k + 2) * math.cos(angle) ** 2
-    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-    return max(0.0, 1 - inside)
+    if deviation == 0:
+        return 0.0
+    t = abs(statistics.fmean(numbers)) / deviation * math.sqrt(n + 1)
+    # With t = sqrt(n) tan(angle), the density of the angle goes with cos(angle)^(n - 1).
+    beyond, all_of_it = (np.linspace(start, math.pi / 2, 100_001)
+                         for start in (math.atan(t / math.sqrt(n)), 0))
+    areas = (np.trapezoid(np.cos(x) ** (n - 1), x) for x in (beyond, all_of_it))
+    return float(next(areas) / next(areas))
 
 
 def holm(tests, level=0.05):
@@ -181,24 +164,3 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message:.300}; try --help")
-
-
-def exit_code(command, argv):
-    """command(argv) -> 0, or one line on stderr and an exit code."""
-    try:
-        command(argv)
-        sys.stdout.flush()                              # here, where a closed pipe can be told
-        return 0
-    except UserError as error:
-        status, message = 2, error
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):          # the reader, such as head, has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        status, message = 2, f"expected files that can be read and written: {error}"
-    except (FloatingPointError, BrokenProcessPool) as error:
-        status, message = 1, error
-    except KeyboardInterrupt:
-        status, message = 130, "stopped; the same command goes on from here"
-    print(f"evidence: {printable(message)}", file=sys.stderr)
-    return status

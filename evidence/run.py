@@ -33,10 +33,11 @@ from data import UserError, printable
 from evidence import controls
 from evidence.cells import (EXPERIMENTS, Experiment, Picker, as_row, defaults, experiment, identity,
                             record_name, tuning_experiment, tunings_of, with_options)
-from evidence.records import Parser, exit_code
+from evidence.records import Parser
 from harness.code import definitions
 from harness.files import write
 from harness.keep import lock
+from harness.outcome import exit_code
 from harness.preferences import load_pairs
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -176,21 +177,15 @@ def seconds(task):
     return MEASURE + STEP.get(cell.method, 0) * steps * batch / 64 * size
 
 
-def estimate(plan, results):
-    """name -> Experiment, in order -> lines with the cells that are left and their minutes."""
-    lines, total, known = [], 0.0, set()
-    for name, planned in plan.items():
-        rows = rows_in(results / f"{name}.json", planned)
-        tasks = [task for task in tasks_of(planned) if task not in rows]
-        files = {(seed, dict(cell.options).get("data")) for seed, cell in tasks}
-        fresh = sum(MODELS * (5 if file else 1) for seed, file in files - known)
-        variants = {(seed, cell.teacher, dict(cell.options).get("teacher_width"))
-                    for seed, cell in tasks if cell.teacher or "teacher_width" in dict(cell.options)}
-        minutes = (sum(map(seconds, tasks)) + fresh + 30 * len(variants)) / 60
-        known, total = known | files, total + minutes
-        lines.append(f"{name:<32}{len(rows):>6} of {len(tasks_of(planned)):>5} cells done, "
-                     f"{minutes:>5.0f} min left")
-    return [*lines, f"all: {total:.0f} min of one thread"]
+def estimate(name, planned, results):
+    """A line: the cells that are left and their minutes, with models if it is the first to ask."""
+    rows = rows_in(results / f"{name}.json", planned)
+    tasks = [task for task in tasks_of(planned) if task not in rows]
+    models = {(seed, cell.teacher, *(dict(cell.options).get(x) for x in (
+        "data", "teacher_width", "student_width", "student_layers"))) for seed, cell in tasks}
+    minutes = (sum(map(seconds, tasks)) + MODELS * len(models)) / 60
+    return (f"{name:<32}{len(rows):>6} of {len(tasks_of(planned)):>5} cells done, at most "
+            f"{minutes:>4.0f} min left")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,7 +242,8 @@ def command(argv):
                         for of in tunings_of(name)}
             pick = picker(choosing, options.results, or_else=longest)
             plan |= {**choosing, name: first(options.seeds, experiment(name, pick, file))}
-        print("\n".join(estimate(plan, options.results)))
+        for name, planned in plan.items():
+            print(estimate(name, planned, options.results))
         return
     try:
         (options.results / "work").mkdir(parents=True, exist_ok=True)
@@ -270,7 +266,7 @@ def first(n, planned):
 
 
 def main(argv=None):
-    return exit_code(command, argv)
+    return exit_code(command, argv, program="evidence")
 
 
 if __name__ == "__main__":

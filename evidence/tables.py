@@ -15,8 +15,10 @@ from pathlib import Path
 from data import UserError
 from evidence.cells import COMPARED, FAMILIES, Picker, as_row, choices, identity, without_setting
 from evidence.figures import figures
-from evidence.records import (Parser, built, exit_code, grouped, holm, known, load, mean_text,
-                              name_of, p_value, plain_name, point)
+from evidence.records import (Parser, built, grouped, holm, known, load, name_of, p_value,
+                              plain_name, point)
+from harness.numbers import plus_minus, summary
+from harness.outcome import exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ("docs/results.md", "docs/sweeps.md", "README.md")
@@ -32,7 +34,7 @@ DIFFERENCES = ("vs_dpo", "acc_vs_dpo")
 HEADINGS = {"full": "all", "facts": "facts", "manners": "manners", "contrary": "facts, bad manners"}
 DPO, TVKD, SOFT, KD = (name_of(as_row(cell)) for cell in COMPARED)
 UNSEEN = ", pairs unseen by the teacher"
-BETWEEN = (         # which methods are compared with each other: record, teacher, minuend, subtrahend
+BETWEEN = (             # what is compared with what: record, teacher, minuend, subtrahend
     *(("main", "", left, right) for left, right in (
         (KD, TVKD), (SOFT, TVKD), ("bc", TVKD), ("dpo, teacher's labels", TVKD), ("kd+dpo", KD),
         ("kd+tvkd", KD), ("kd+tvkd", "kd+dpo"), (TVKD, f"{TVKD}, psi of other pairs"))),
@@ -56,7 +58,8 @@ def markdown(header, lines):
 
 def note(records, tested=0):
     """What stands under a table of these records, with `tested` differences in it."""
-    seeds = sorted({len({row["seed"] for row in record["rows"]}) for record in records})
+    seeds = sorted({len(rows) for record in records
+                    for rows in grouped(record["rows"], identity).values()})
     codes = sorted({code for record in records for code in record["codes"]})
     bold = f" Bold: not 0 by Holm's correction over the {tested} differences here, at 5%." \
         if tested else ""
@@ -73,16 +76,13 @@ def texts_of(numbers):
              if place[-1] in DIFFERENCES and len(x) > 1}
     kept, texts = holm(tests), {}
     for place, x in numbers.items():
-        text = mean_text(x, COLUMNS[place[-1]][1])
+        text = plus_minus(*summary(x), COLUMNS[place[-1]][1])
         texts[place] = f"**{text}**" if place in kept else text
     return texts, len(tests)
 
 
-def pivot(record, corner, down, across, keys, alone=False):
-    """A line for each down(row); for each across(row) the columns `keys`, as far as known.
-
-    alone: leave out the note, as the table is one of several.
-    """
+def pivot(record, corner, down, across, keys):
+    """A line for each down(row); for each across(row) the columns `keys`, as far as known."""
     lines, columns, numbers = {}, {}, {}
     for row in record["rows"]:
         line, column = down(row), across(row)
@@ -94,12 +94,16 @@ def pivot(record, corner, down, across, keys, alone=False):
     texts, tested = texts_of(numbers)
     head = [", ".join(filter(None, (column, COLUMNS[key][0]))) for column, key in columns]
     body = [[line, *(texts.get((line, *place), "-") for place in columns)] for line in lines]
-    return markdown([corner, *head], body) + ("" if alone else note([record], tested))
+    return markdown([corner, *head], body) + note([record], tested)
 
 
-def comparison(record, keys=TOY, alone=False):
+def comparison(record, keys=TOY):
     """A line a setting, over all seeds."""
-    return pivot(record, "model", name_of, lambda row: "", keys, alone)
+    return pivot(record, "model", name_of, nothing, keys)
+
+
+def nothing(row):
+    return ""
 
 
 def sweep(record, option, corner, keys=("reward", "vs_dpo")):
@@ -159,7 +163,7 @@ def of_split(row):
 
 
 def values(record):
-    return pivot(record, "value", of_split, lambda row: "", ("correlation", "agrees"))
+    return pivot(record, "value", of_split, nothing, ("correlation", "agrees"))
 
 
 def on_files(records, kind):
@@ -247,20 +251,18 @@ def settings(rows):
 
 def readme(records):
     """The README's rows; with a record of `knowledge`, also what other teachers are worth."""
-    shown = (DPO, TVKD, "tvkd logits/hold", SOFT, KD)
-    rows, taught_part = [], [row for row in records.get("knowledge", {"rows": []})["rows"]
-                             if row["teacher"] != "full"]
-    for row in records["main"]["rows"]:
-        rows.append({**row, "column": ""})
-    for row in taught_part:
-        rows.append({"vs_dpo": row["vs_dpo"], "name": name_of(row), "seed": row["seed"],
-                     "column": f"teacher taught {taught(row)}"})
-    rows = [row for row in rows if row.get("name", "") in shown or "method" in row
-            and name_of(row) in shown]
     used = [records[name] for name in ("main", "knowledge") if name in records]
-    record = {"rows": rows, "codes": sorted({code for one in used for code in one["codes"]})}
-    return pivot(record, "model", lambda row: row.get("name") or name_of(row),
-                 lambda row: row["column"], ("reward", "vs_dpo", "true_acc", "kl"))
+    unknown = {"reward": None, "true_acc": None, "kl": None}
+    rows = used[0]["rows"] + [{**row, **unknown} for record in used[1:] for row in record["rows"]
+                              if row["teacher"] != "full"]
+    shown = (DPO, TVKD, "tvkd logits/hold", SOFT, KD)
+    record = {"rows": [row for row in rows if name_of(row) in shown],
+              "codes": sum((one["codes"] for one in used), [])}
+    return pivot(record, "model", name_of, with_teacher, ("reward", "vs_dpo", "true_acc", "kl"))
+
+
+def with_teacher(row):
+    return f"teacher taught {HEADINGS[row['teacher']]}" if row["teacher"] else ""
 
 
 def cost(records):
@@ -335,7 +337,7 @@ def command(argv, root=ROOT):
 
 
 def main(argv=None):
-    return exit_code(command, argv)
+    return exit_code(command, argv, program="evidence")
 
 
 if __name__ == "__main__":
