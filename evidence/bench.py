@@ -1,7 +1,6 @@
-"""What a training step, a second thread, sampling and memory cost: docs/speed.md.
+"""What a training step, a second thread and memory cost: docs/speed.md.
 
     python -m evidence.bench                    a line a figure: ok or MISSED, value, limit
-    python -m evidence.bench --large[=cuda]     a GPT-2 small student, a GPT-2 medium teacher
     python -m evidence.bench --sizes            a table of the memory of training, computed
     python -m evidence.bench --quick            tiny sizes: whether it runs; no figure counts
 
@@ -25,25 +24,21 @@ from functools import partial
 import torch
 
 import data
-from data import UserError
 from evidence.records import Parser
 from evidence.run import machine
 from harness.command import new_model
 from harness.options import Config
 from harness.outcome import exit_code
-from harness.sampling import generate
 from harness.steps import cut, gradient
 from harness.texts import load_task
-from model import (GPT, GPTConfig, both_responses, device_of, frozen_copy, pair_logps, state_values,
-                   summed_psi)
+from model import GPT, GPTConfig, frozen_copy, pair_logps
 from train import DPO, TVKD, Likelihood
 from tvkd import dpo_loss
 
 CPU, GIB = torch.device("cpu"), 2 ** 30
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 LIMITS = {"tvkd_over_dpo_step": (0, 1.02), "dpo_cached_over_uncached": (0, 0.765),
-          "second_thread_gain": (1.5, 9), "generate_speedup": (5, 1e9),
-          "memory_formula_error": (0, 0.10), "large_memory": (0, 1.05)}
+          "second_thread_gain": (1.5, 9), "memory_formula_error": (0, 0.10)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -82,8 +77,6 @@ class Step:
         gradient(self.model, self.loss, list(range(len(self.loss))))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        if device_of(self.model).type == "cuda":
-            torch.cuda.synchronize()
 
 
 def random_pairs(n, length, vocab_size):
@@ -141,19 +134,6 @@ def second_thread(stages, repeats):
     return ("second_thread_gain", totals[0] / totals[1], "seconds of the quickstart's steps on one "
             "thread over those on two: the teacher's fine-tuning and DPO, the student's "
             f"fine-tuning and TVKD {', '.join(gains)}")
-
-
-def of_sampling(model, B, n):
-    prompts = torch.randint(model.config.vocab_size, (B, 16)).tolist()
-    plain = partial(one_by_one, model, prompts, n)
-    cached = partial(generate, model, prompts, n, eos=-1, temperature=0)        # no id is -1
-    assert plain() == cached(), "expected the same tokens with and without caches"
-    yield ("generate_speedup", ratio(3, plain, cached), f"{n} tokens after {B} prompts by "
-           "GPT.generate, one after the other, over harness.sampling.generate")
-
-
-def one_by_one(model, prompts, n):
-    return [model.generate(prompt, n, eos=-1, temperature=0) for prompt in prompts]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,70 +226,26 @@ def sizes():
                    f"{pairs:15}{nbytes / GIB:7.2f}")
 
 
-def resident_bytes(device):
-    """The most memory that this process has had so far: resident, or of the CUDA device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource                     # here, for there is none on Windows
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def of_large(device, quick):
-    """A TVKD step of a GPT-2 small student under a GPT-2 medium teacher, random weights.
-
-    Measured on a CPU only: nothing here has run on CUDA.
-    """
-    small, medium, T = ((GPTConfig(500, 32), GPTConfig(500, 32), 32) if quick
-                        else (SMALL, MEDIUM, 256))
-    before, pairs = resident_bytes(device), random_pairs(8, T, small.vocab_size)
-    rows = both_responses(pairs)
-    teacher, teacher_ref, ref = (GPT(config).to(device).requires_grad_(False)
-                                 for config in (medium, medium, small))
-    start = time.perf_counter()
-    values = state_values("implicit", teacher, teacher_ref, rows, 1.0, 8)
-    precomputing = time.perf_counter() - start
-    psi = summed_psi(values, rows, 1.0, "value").view(2, -1).to(device)
-    step = Step(deepcopy(ref), TVKD(pairs, psi, 1.0, psi, 1.0))
-    [[training]] = in_turn(1, step)
-    peak = resident_bytes(device) - before
-    computed = sum(training_bytes(small, pairs_at_once(8, T), T, 0.5,
-                                  2 * count(medium) + count(small)).values())
-    where = f"8 pairs, rows of {T} tokens, on {device}, {torch.get_num_threads()} threads"
-    yield "large_step", training, f"seconds of a TVKD step of a GPT-2 small student; {where}"
-    yield "large_values", precomputing, f"seconds of the values of a GPT-2 medium teacher; {where}"
-    yield ("large_memory", peak / computed, f"peak of both over the formula: {peak / GIB:.2f} GiB, "
-           f"computed {computed / GIB:.2f}; {where}")
-
-
 # --------------------------------------------------------------------------------------------------
 
 def measured(options):
     """(key, value, what it is) of every figure, at the default sizes of the toy task."""
-    if options.large:
-        yield from of_large(torch.device(options.large), options.quick)
-        return
     torch.set_num_threads(1)
     config = Config(train_pairs=40, student_pairs=40) if options.quick else Config()
     with redirect_stdout(io.StringIO()):
         task = load_task(config, config.seed)
         student, teacher = (new_model(who, config, task, config.seed, CPU)
                             for who in ("student", "teacher"))
-    repeats, n, B, tokens = (2, 6, 2, 4) if options.quick else (40, config.batch_size, 8, 128)
+    repeats, n = (2, 6) if options.quick else (40, config.batch_size)
     yield from of_steps(config, task, student, teacher, n, repeats)
-    yield from of_sampling(GPT(GPTConfig(task.tokenizer.n_vocab, 160, 2, 4, 48)), B, tokens)
     yield from of_memory()
 
 
 def command(argv):
     parser = Parser("python -m evidence.bench", __doc__)
-    parser.add_argument("--large", nargs="?", const="cpu", choices=("cpu", "cuda"),
-                        help="the large models alone; nobody has measured them on cuda yet")
     parser.add_argument("--sizes", action="store_true", help="the table of memory alone")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     options = parser.parse_args(argv)
-    if options.large == "cuda" and not torch.cuda.is_available():
-        raise UserError("--large: expected a device of this machine, got cuda")
     if options.sizes:
         print(*sizes(), sep="\n")
         return

@@ -16,7 +16,7 @@ from harness.options import Config
 
 
 class Cell(NamedTuple):
-    method: str                 # "teacher", "sft", "values", or one of evidence.controls.loss_of
+    method: str                 # "teacher", "sft", or one of evidence.controls.loss_of
     value: str | None = None    # whose psi is read
     terminal: str | None = None
     control: str = ""           # what is unusual about it, words of evidence.controls
@@ -67,24 +67,9 @@ ZERO = Cell("tvkd", "implicit", "zero")
 WARM = [KD._replace(control="warm", dose=t) for t in (2, 4)]
 
 
-def plus(cell):
-    """The same with the plus sign."""
-    return with_options(cell._replace(control=f"{cell.control} plus".strip()), alpha=-1.0)
-
-
-PLUS = plus(TVKD)
-
-# Forms of the released code, full vocabulary in place of its 50 stored tokens. "normalised": the
-# value temperature * logsumexp(log p / temperature) of normalised log-probs; dose: the temperature.
-LENGTH = Cell("tvkd", "logits", "zero", options=(("gamma", 0.7),))
-FLAT, TEMPERED = (LENGTH._replace(control="normalised", dose=t) for t in (1, 2))
-# "entropy": the shipped recipe, log pi(y|x) - dose * entropies of the student's next states
-RECIPE, RECIPE_PLUS = (Cell("released", control="entropy", dose=sign) for sign in (1, -1))
-
+PLUS = with_options(TVKD._replace(control="plus"), alpha=-1.0)
 # Cells that take the settings of another, to differ from it in one thing.
-LIKE = {SHUFFLED: TVKD, PLUS: TVKD, ZERO: DPO, plus(LOGITS): LOGITS,
-        **dict.fromkeys((LENGTH, plus(LENGTH), FLAT, TEMPERED, plus(TEMPERED), RECIPE,
-                         RECIPE_PLUS), DPO)}
+LIKE = {SHUFFLED: TVKD, PLUS: TVKD, ZERO: DPO}
 
 # --------------------------------------------------------------------------------------------------
 # The tuning experiments
@@ -244,12 +229,6 @@ def frontier(pick):
     return Experiment(SWEEP_SEEDS, [*cells, with_options(pick(SOFT), beta=0.25)])
 
 
-def released(pick):
-    return Experiment(SWEEP_SEEDS, [pick(cell) for cell in (
-        DPO, LOGITS, plus(LOGITS), LENGTH, plus(LENGTH), FLAT, TEMPERED, plus(TEMPERED), TVKD, PLUS,
-        RECIPE, RECIPE_PLUS)])
-
-
 # In the order in which a sceptical reader asks; on files: human and real.
 EXPERIMENTS = {
     "main": main_table, "care": care, "wrong": wrong, "sizes": sizes,
@@ -261,10 +240,7 @@ EXPERIMENTS = {
         SWEEP_SEEDS, sweep([*map(pick, (DPO, TVKD, KD))], "student_pairs", (100, 300, 1000, 3000))),
     "alpha": lambda pick: Experiment(
         SWEEP_SEEDS, [pick(DPO), *sweep([pick(TVKD)], "alpha", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0))]),
-    "frontier": frontier, "released": released,
-    "values": lambda pick: Experiment(SEEDS, [
-        Cell("values", *kind, split=split) for kind in (IMPLICIT, HOLD)
-        for split in ("train", "test")])}
+    "frontier": frontier}
 # A cell is compared with the DPO of the same values of these.
 SWEPT = {"pairs": ("student_pairs",), "noise": ("dose",), "unseen": ("dose",), "wrong": ("dose",),
          "human": ("student_pairs",), "frontier": ("beta",), "epochs": ("steps",),

@@ -9,8 +9,6 @@ The first block of imports is all that the experiments take of the method. Words
     soft, mean, evidence    the label is a probability: see `soft_label`
     noise       a share `dose` of the student's labels is flipped
     warm        KD at temperature `dose`
-    normalised  log-probs in place of the teacher's logits, at temperature `dose`
-    entropy     the recipe of the released code: see `NextEntropy`
 
 and `Cell.teacher`: nothing for the usual one, a name in LABELS for what its pairs are labelled by,
 "unseen" for one that never saw the student's pairs, "flipped 0.2" for one in whose pairs that share
@@ -30,7 +28,6 @@ from functools import cached_property
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import data
 from evidence.cells import defaults
@@ -43,7 +40,7 @@ from harness.sampling import sample
 from harness.texts import load_task
 from model import both_responses, state_values, summed_psi
 from train import DPO, KD, TVKD, Likelihood, OfPairs, fit, teacher_answers, train_teacher
-from tvkd import action_logps, dpo_loss, kd_loss
+from tvkd import dpo_loss, kd_loss
 
 CPU = torch.device("cpu")
 
@@ -139,33 +136,6 @@ class WarmKD(OfPairs):
 
 
 @dataclass(frozen=True, eq=False)
-class NextEntropy(OfPairs):
-    """The shipped recipe of the released code: -log sigmoid(R_w - R_l), without pi_ref and beta.
-
-    R(y) = sum_t [log pi(a_t|s_t) - sign * H(pi(.|s_{t+1}))], with gradient through both, H = 0
-    after the end. No number of the teacher is in it.
-    """
-    sign: float
-
-    def __call__(self, model, ids):
-        tokens, mask = data.collate(both_responses(self.rows(ids)))
-        chosen, rejected = entropy_rewards(model, tokens, mask, self.sign).chunk(2)
-        losses = -F.logsigmoid(chosen - rejected)
-        return {"loss": losses.sum(), "n": len(losses), "tokens": tokens.numel()}
-
-
-def entropy_rewards(model, tokens, mask, sign):
-    """R(y) of `NextEntropy` of each row: tokens (B, T+1), mask (B, T) -> (B,)."""
-    logits = model(tokens, F.pad(mask, (0, 1)))                                 # (n, V)
-    logps = F.log_softmax(logits, -1)
-    entropies = -(logps.exp() * logps).sum(-1)                                  # (n,)
-    # Every state that is acted in follows another action, except for s_p.
-    follows = mask & F.pad(mask, (1, 0))[:, :-1]                                # (B, T)
-    gains = action_logps(logits, tokens[:, 1:][mask]) - sign * entropies * follows[mask]
-    return gains.new_zeros(mask.shape).masked_scatter(mask, gains).sum(-1)
-
-
-@dataclass(frozen=True, eq=False)
 class Both:
     """KD's loss of a token plus another one's of a pair, as means over a batch."""
     kd: object
@@ -186,20 +156,6 @@ class Both:
         kd, sums = self.kd(model, ids), self.other(model, ids)
         return {"loss": kd["loss"] / self.tokens_of_pair + sums["loss"], "n": sums["n"],
                 "tokens": sums["tokens"]}
-
-
-class Normalised(nn.Module):
-    """A model that gives log p / temperature, so that `soft_value` of these logits at beta =
-    temperature is temperature * logsumexp(log p / temperature): 0 everywhere at temperature 1.
-    """
-
-    def __init__(self, model, temperature):
-        super().__init__()
-        self.model, self.temperature = model, temperature
-
-    def forward(self, tokens, states=None):
-        # float64: at temperature 1 rounding would be all that is left
-        return F.log_softmax(self.model(tokens, states).double(), -1) / self.temperature
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,8 +269,6 @@ def loss_of(cell, config, at):
     if cell.method == "bc":
         return Likelihood(quietly(teacher_answers, config, at.seed, pairs, task, teacher,
                                   at.keep(config, "teacher")))
-    if cell.method == "released":
-        return NextEntropy(pairs, cell.dose)
     kd = WarmKD(pairs, teacher, cell.dose) if "warm" in words else KD(pairs, teacher)
     if cell.method == "kd":
         return kd
@@ -329,10 +283,9 @@ def loss_of(cell, config, at):
 
 def psi_of(cell, config, pairs, teacher, teacher_ref):
     """Sum of psi over each response of the pairs, (2, N)."""
-    beta, rows = config.teacher_beta, both_responses(pairs)
-    if "normalised" in cell.control.split():
-        teacher, beta = Normalised(teacher, cell.dose), cell.dose
-    values = state_values(cell.value, teacher, teacher_ref, rows, beta, config.batch_size)
+    rows = both_responses(pairs)
+    values = state_values(cell.value, teacher, teacher_ref, rows, config.teacher_beta,
+                          config.batch_size)
     return summed_psi(values, rows, config.gamma, cell.terminal).view(2, -1)
 
 
@@ -343,18 +296,15 @@ def numbers_of(cell, at):
     """Train and measure one cell -> its numbers."""
     config = replace(Config(**defaults("data" in dict(cell.options))), **dict(cell.options))
     held_out = at.held_out(config, "test" if cell.split == "choice" else cell.split)
-    if cell.method in ("teacher", "values"):
+    if cell.method == "teacher":
         ref, model = at.teacher(config, cell.teacher)
     else:
         model = ref = at.student(config)
         loss = None if cell.method == "sft" else loss_of(cell, config, at)
     started = time.perf_counter()           # without what the cells of a seed have in common
-    if cell.method == "values":
-        numbers = agreement(cell, config, model, ref, held_out)
-    else:
-        if cell.method not in ("teacher", "sft"):
-            model = quietly(fit, ref, loss, config.recipe("steps", "lr"), at.seed)
-        numbers = measured(model, ref, config, held_out, cell, at)
+    if cell.method not in ("teacher", "sft"):
+        model = quietly(fit, ref, loss, config.recipe("steps", "lr"), at.seed)
+    numbers = measured(model, ref, config, held_out, cell, at)
     return {**numbers, "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -379,17 +329,3 @@ def measured(model, ref, config, held_out, cell, at):
                  for prompt, answer in zip(asked, answers)]
         numbers["facts"], numbers["manners"] = map(statistics.fmean, zip(*parts))
     return {**numbers, "pref_n": len(held_out.pairs)}
-
-
-def agreement(cell, config, teacher, teacher_ref, held_out):
-    """Does the difference of summed psi follow that of the true reward? -> numbers.
-
-    correlation: Pearson's; agrees: how often the signs do, where the truth differs.
-    """
-    n = config.student_pairs if cell.split == "train" else None
-    psi = psi_of(cell, config, held_out.pairs[:n], teacher, teacher_ref).double()
-    truth = torch.tensor([data.reward(p.prompt, p.chosen) - data.reward(p.prompt, p.rejected)
-                          for p in held_out.texts[:n]]).double()
-    gaps = psi[0] - psi[1]
-    return {"n": len(truth), "correlation": torch.corrcoef(torch.stack([gaps, truth]))[0, 1].item(),
-            "agrees": is_correct(gaps * truth)[truth != 0].mean().item()}

@@ -80,17 +80,13 @@ def name_of(row):
     """A row of a record by name, as the tables have it."""
     words, options = row["control"].split(), row["options"]
     name = f"tvkd {row['value']}/{row['terminal']}" if row["method"] == "tvkd" else row["method"]
-    if row["method"] == "released":
-        name = f"recipe: log pi {'-' if row['dose'] > 0 else '+'} entropy"
     parts = [CONTROLS[word] for word in words if word in CONTROLS]
     if "warm" in words:
         parts.append(f"temperature {row['dose']:g}")
-    if "normalised" in words:
-        parts.append(f"log-probs at temperature {row['dose']:g}")
     if "noise" in words:
         parts.append(f"{row['dose']:.0%} flipped")
     if row["method"] in ("dpo", "tvkd") and "beta" not in words:
-        parts += [f"{key} {options[key]:g}" for key in ("beta", "gamma") if key in options]
+        parts += [f"beta {options['beta']:g}"] if "beta" in options else []
     if row.get("teacher") == "unseen":
         parts.append("pairs unseen by the teacher")
     return ", ".join((name, *parts))

@@ -11,20 +11,17 @@ The record of an experiment is evidence/results/NAME.json, a row for each cell a
 written after every cell, seed by seed, so a stopped run goes on where it was, and what there is can
 be committed. A row that is there is not trained again, even if the code has changed since (it holds
 the digest); delete the record to repeat the experiment. Teachers and starting students are kept in
-the folder work/ beside the records. Each seed belongs to one of --jobs processes of one thread:
-their number changes no result.
+the folder work/ beside the records. All of it is on one thread; to use another core, give a second
+command other experiments and another --results, and move its records here.
 """
 
 import harness      # first: it sets how threads wait, which must happen before torch is imported
 
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
-import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -45,52 +42,26 @@ ON_FILES = ("human", "real")
 
 
 # --------------------------------------------------------------------------------------------------
-# One process
+# Cells
 
-SEEDS = {}              # of this process: seed -> Seed
-
-
-def start_process():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's
-    torch.set_num_threads(1)
-
-
-def work(out, seed, cell):
-    """Train and measure one cell -> its row."""
-    at = SEEDS.setdefault(seed, controls.Seed(out, seed))
-    return {**as_row(cell), "seed": seed, **controls.numbers_of(cell, at)}
-
-
-# --------------------------------------------------------------------------------------------------
-# Many cells
-
-def run(name, planned, results, jobs):
+def run(name, planned, results):
     """Do what the record lacks, and write it after every cell."""
-    path, code = results / f"{name}.json", digest_of_code()
+    path, code, seeds = results / f"{name}.json", digest_of_code(), {}
     rows = rows_in(path, planned)
     tasks = [task for task in tasks_of(planned) if task not in rows]
-    pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_process)
-             for _ in range(jobs)]
-    left, spent, expected = sum(map(seconds, tasks)), 0.0, 1e-9
-    try:
-        futures = {pools[seed % jobs].submit(work, results / "work", seed, cell): (seed, cell)
-                   for seed, cell in tasks}
-        for number, future in enumerate(as_completed(futures), 1):
-            task, row = futures[future], future.result()
-            rows[task] = {**row, "code": code}
-            write_record(path, planned, rows)
-            left, spent = left - seconds(task), spent + row["seconds"]
-            expected += seconds(task)
-            print(f"{name} seed {task[0]}  {title(task[1])}  {score_text(row)}  "
-                  f"{row['seconds']:.0f} s; {len(tasks) - number} cells left, about "
-                  f"{left * spent / expected / jobs / 60:.0f} min", flush=True)
-    except BaseException:                               # finished stages stay in work/
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        for pool in pools:
-            pool.shutdown(cancel_futures=True)
+    left, spent, expected = sum(map(seconds, tasks)), 0.0, 0.0
+    for number, (seed, cell) in enumerate(tasks, 1):
+        at = seeds.setdefault(seed, controls.Seed(results / "work", seed))
+        row = {**as_row(cell), "seed": seed, **controls.numbers_of(cell, at), "code": code}
+        rows[seed, cell] = row
+        write_record(path, planned, rows)
+        estimated = seconds((seed, cell))
+        left, spent, expected = left - estimated, spent + row["seconds"], expected + estimated
+        score = row["pref_acc"] if row["reward"] is None else row["reward"]
+        what = printable(" ".join(str(x) for x in cell if x))
+        print(f"{name} seed {seed}  {what}  {score:.3f}  {row['seconds']:.0f} s; "
+              f"{len(tasks) - number} cells left, about {left * spent / expected / 60:.0f} min",
+              flush=True)
 
 
 def digest_of_code():
@@ -139,17 +110,6 @@ def write_record(path, planned, rows):
     write(path, f"{text}\n".encode())
 
 
-def title(cell):
-    options = " ".join(f"--{name}={os.path.basename(str(x))}" for name, x in cell.options)
-    words = (cell.method, cell.value, cell.terminal, cell.control, cell.teacher, cell.split)
-    return printable(f"{' '.join(filter(None, words))} {options}".strip())
-
-
-def score_text(row):
-    name = "reward" if row.get("reward") is not None else "pref_acc"
-    return f"{name} {row[name]:.3f}" if name in row else ""
-
-
 def machine():
     """Processor, as the system names it."""
     try:
@@ -163,8 +123,7 @@ def machine():
 # --------------------------------------------------------------------------------------------------
 # How long it takes: seconds of one thread on the machine of the records
 
-STEP = {"bc": 0.06, "dpo": 0.05, "tvkd": 0.05, "released": 0.1, "kd": 0.1, "kd+dpo": 0.17,
-        "kd+tvkd": 0.17}
+STEP = {"bc": 0.06, "dpo": 0.05, "tvkd": 0.05, "kd": 0.1, "kd+dpo": 0.17, "kd+tvkd": 0.17}
 MODELS, MEASURE = 90, 2.5       # of a toy seed's teacher and starting student; of a cell
 
 
@@ -201,15 +160,13 @@ def parse(argv):
                         help="of the records (default: evidence/results)")
     parser.add_argument("--seeds", type=int, default=None, metavar="N",
                         help="only the first N seeds of every experiment and of its tuning")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--plan", action="store_true", help="train nothing; print what is left")
     options = parser.parse_args(argv)
     for name in options.names:
         if name not in names:
             raise UserError(f"expected some of {', '.join(names)}, got {name:.100}")
-    for name in ("jobs", "seeds"):
-        if (getattr(options, name) or 1) < 1 or getattr(options, name) == 0:
-            raise UserError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if options.seeds is not None and options.seeds < 1:
+        raise UserError(f"--seeds: expected at least 1, got {options.seeds}")
     if bool(options.data) != bool({*ON_FILES} & {*options.names}):
         raise UserError(f"--data: expected a file beside {' or '.join(ON_FILES)}, and none without")
     return options
@@ -251,14 +208,15 @@ def command(argv):
     except UserError:
         raise UserError(f"--results: expected a folder that no other run is using, "
                         f"got {options.results}") from None
+    torch.set_num_threads(1)
     with held:
         for name, file in names.items():
             choosing = {of: first(options.seeds, tuning_experiment(of, file))
                         for of in tunings_of(name)}
             for of, planned in choosing.items():
-                run(of, planned, options.results, options.jobs)
+                run(of, planned, options.results)
             planned = experiment(name, picker(choosing, options.results), file)
-            run(name, first(options.seeds, planned), options.results, options.jobs)
+            run(name, first(options.seeds, planned), options.results)
 
 
 def first(n, planned):

@@ -26,8 +26,7 @@ DOCS = ("docs/results.md", "docs/sweeps.md", "README.md")
 COLUMNS = {"reward": ("true reward", ".2f"), "vs_dpo": ("minus DPO", "+.2f"),
            "pref_acc": ("accuracy, labels", ".3f"), "acc_vs_dpo": ("minus DPO", "+.3f"),
            "true_acc": ("accuracy, truth", ".3f"), "kl": ("KL", ".2f"), "length": ("tokens", ".1f"),
-           "facts": ("facts", ".2f"), "manners": ("manners", "+.2f"),
-           "correlation": ("correlation", "+.2f"), "agrees": ("same sign", ".3f")}
+           "facts": ("facts", ".2f"), "manners": ("manners", "+.2f")}
 TOY = ("reward", "vs_dpo", "pref_acc", "true_acc", "kl", "length")
 TEXT = ("pref_acc", "acc_vs_dpo", "kl", "length")
 DIFFERENCES = ("vs_dpo", "acc_vs_dpo")
@@ -157,15 +156,6 @@ def sizes(record):
     return pivot(record, "size", size, plain_name, ("reward", "vs_dpo"))
 
 
-def of_split(row):
-    where = "the student's pairs" if row["split"] == "train" else "held-out pairs"
-    return f"{row['value']}, {row['n']} of {where}"
-
-
-def values(record):
-    return pivot(record, "value", of_split, nothing, ("correlation", "agrees"))
-
-
 def on_files(records, kind):
     """A table for each preference file, and for each number of the student's pairs in it."""
     blocks = []
@@ -276,8 +266,8 @@ def cost(records):
 
 PAIRS, FLIPPED = "student's pairs (the teacher's: 3,000)", "share of the student's labels flipped"
 TABLES = {      # mark: what builds it from the record of this name, and its arguments
-    "main": (comparison,), "released": (comparison,), "unseen": (comparison, TOY[:2]),
-    "values": (values,), "knowledge": (knowledge,), "wrong": (wrong,), "sizes": (sizes,),
+    "main": (comparison,), "unseen": (comparison, TOY[:2]),
+    "knowledge": (knowledge,), "wrong": (wrong,), "sizes": (sizes,),
     "alpha": (sweep, "alpha", "alpha", ("reward", "vs_dpo", "kl")),
     "frontier": (sweep, "beta", "beta", ("reward", "vs_dpo", "kl")),
     "pairs": (sweep, "student_pairs", PAIRS), "noise": (sweep, "dose", FLIPPED),
