@@ -24,7 +24,7 @@ import statistics
 import time
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import torch.nn as nn
@@ -172,6 +172,14 @@ def variant(config, who):
     return f"{who}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
+@cache
+def keep_in(folder, seed):
+    """The Keep of a model, in a folder of its own, which this process locks as long as it lives."""
+    keep = Keep(folder, CPU, quiet=True)
+    keep.seed = seed
+    return keep
+
+
 def quietly(f, *args):
     """f(*args). What training prints goes nowhere."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
@@ -194,10 +202,7 @@ class Seed:
         return self.known[name]
 
     def keep(self, config, who):
-        """The Keep of a model with these options, in a folder of its own."""
-        keep = self.once(("keep", variant(config, who)), Keep, self.out / variant(config, who), CPU)
-        keep.seed = self.seed
-        return keep
+        return keep_in(self.out / variant(config, who), self.seed)
 
     def task(self, config):
         return self.once(variant(config, "task"), self._task, config)

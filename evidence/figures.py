@@ -3,7 +3,6 @@
 import statistics
 from html import escape
 
-from evidence.cells import TEACHERS
 from evidence.records import built, grouped, known, mean, name_of, plain_name, point
 from harness.report import COLOURS, scale, ticks
 

@@ -33,13 +33,10 @@ def load(folder):
             most = max(len({identity(row) for row in rows}) for rows in of_seeds.values())
             full = [of_seed for of_seed in of_seeds.values() if len(of_seed) == most]
             rows = sum((paired(rows, SWEPT.get(path.stem.split("_")[0], ())) for rows in full), [])
-            seconds = sum(row["seconds"] for row in record["rows"])
-            texts = {key: str(made[key]) for key in ("machine", "python", "torch")}
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: expected a record of evidence.run, got another content "
                             f"({type(error).__name__}: {error})") from None
-        records[path.stem] = {"rows": rows, "codes": sorted(codes), "made": texts,
-                              "seconds": seconds, "cells": len(record["rows"])}
+        records[path.stem] = {"rows": rows, "codes": codes}
     return records
 
 

@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -46,17 +47,18 @@ ON_FILES = ("human", "real")
 
 def run(name, planned, results):
     """Do what the record lacks, and write it after every cell."""
-    path, code, seeds = results / f"{name}.json", digest_of_code(), {}
+    path, code = results / f"{name}.json", digest_of_code()
     rows = rows_in(path, planned)
     tasks = [task for task in tasks_of(planned) if task not in rows]
-    left, spent, expected = sum(map(seconds, tasks)), 0.0, 0.0
-    for number, (seed, cell) in enumerate(tasks, 1):
-        at = seeds.setdefault(seed, controls.Seed(results / "work", seed))
+    left, spent, expected, at = sum(map(seconds, tasks)), 0.0, 0.0, None
+    for number, task in enumerate(tasks, 1):
+        seed, cell = task
+        at = at if at and at.seed == seed else controls.Seed(results / "work", seed)
         row = {**as_row(cell), "seed": seed, **controls.numbers_of(cell, at), "code": code}
-        rows[seed, cell] = row
+        rows[task] = row
         write_record(path, planned, rows)
-        estimated = seconds((seed, cell))
-        left, spent, expected = left - estimated, spent + row["seconds"], expected + estimated
+        left, spent = left - seconds(task), spent + row["seconds"]
+        expected += seconds(task)
         score = row["pref_acc"] if row["reward"] is None else row["reward"]
         what = printable(" ".join(str(x) for x in cell if x))
         print(f"{name} seed {seed}  {what}  {score:.3f}  {row['seconds']:.0f} s; "
@@ -137,14 +139,14 @@ def seconds(task):
 
 
 def estimate(name, planned, results):
-    """A line: the cells that are left and their minutes, with models if it is the first to ask."""
+    """Print the cells that are left and their minutes, with those of the models that they need."""
     rows = rows_in(results / f"{name}.json", planned)
     tasks = [task for task in tasks_of(planned) if task not in rows]
     models = {(seed, cell.teacher, *(dict(cell.options).get(x) for x in (
         "data", "teacher_width", "student_width", "student_layers"))) for seed, cell in tasks}
     minutes = (sum(map(seconds, tasks)) + MODELS * len(models)) / 60
-    return (f"{name:<32}{len(rows):>6} of {len(tasks_of(planned)):>5} cells done, at most "
-            f"{minutes:>4.0f} min left")
+    print(f"{name:<32}{len(rows):>6} of {len(tasks_of(planned)):>5} cells done, at most "
+          f"{minutes:>4.0f} min left")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -172,11 +174,11 @@ def parse(argv):
     return options
 
 
-def picker(choosing, results, or_else=None):
-    """The Picker of these tuning experiments, or `or_else` where one has not ended."""
+def picker(choosing, results, plan):
+    """The Picker of these tuning experiments; for a plan, `longest` where one has not ended."""
     rows = {of: rows_in(results / f"{of}.json", planned) for of, planned in choosing.items()}
-    if or_else and any(set(tasks_of(planned)) - set(rows[of]) for of, planned in choosing.items()):
-        return or_else
+    if plan and any(set(tasks_of(planned)) - set(rows[of]) for of, planned in choosing.items()):
+        return longest
     return Picker([row for of in rows for row in rows[of].values()])
 
 
@@ -192,31 +194,25 @@ def command(argv):
     names = {name: None for name in EXPERIMENTS if name in options.names or not options.names}
     names |= {record_name(kind, file): file for kind in ON_FILES if kind in options.names
               for file in options.data}
-    if options.plan:
-        plan = {}
-        for name, file in names.items():
-            choosing = {of: first(options.seeds, tuning_experiment(of, file))
-                        for of in tunings_of(name)}
-            pick = picker(choosing, options.results, or_else=longest)
-            plan |= {**choosing, name: first(options.seeds, experiment(name, pick, file))}
-        for name, planned in plan.items():
-            print(estimate(name, planned, options.results))
-        return
-    try:
-        (options.results / "work").mkdir(parents=True, exist_ok=True)
-        held = lock(options.results / "work")
-    except UserError:
-        raise UserError(f"--results: expected a folder that no other run is using, "
-                        f"got {options.results}") from None
     torch.set_num_threads(1)
-    with held:
+    with nullcontext() if options.plan else locked(options.results):
         for name, file in names.items():
             choosing = {of: first(options.seeds, tuning_experiment(of, file))
                         for of in tunings_of(name)}
+            do = estimate if options.plan else run
             for of, planned in choosing.items():
-                run(of, planned, options.results)
-            planned = experiment(name, picker(choosing, options.results), file)
-            run(name, first(options.seeds, planned), options.results)
+                do(of, planned, options.results)
+            pick = picker(choosing, options.results, options.plan)
+            do(name, first(options.seeds, experiment(name, pick, file)), options.results)
+
+
+def locked(results):
+    try:
+        (results / "work").mkdir(parents=True, exist_ok=True)
+        return lock(results / "work")
+    except UserError:
+        raise UserError(f"--results: expected a folder that no other run is using, got {results}"
+                        ) from None
 
 
 def first(n, planned):

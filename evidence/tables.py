@@ -84,7 +84,7 @@ def pivot(record, corner, down, across, keys):
     """A line for each down(row); for each across(row) the columns `keys`, as far as known."""
     lines, columns, numbers = {}, {}, {}
     for row in record["rows"]:
-        line, column = down(row), across(row)
+        line, column = down(row), across(row) if across else ""
         lines[line] = columns[column] = None
         for key in keys:
             numbers.setdefault((line, column, key), []).extend(known([row], key))
@@ -98,19 +98,12 @@ def pivot(record, corner, down, across, keys):
 
 def comparison(record, keys=TOY):
     """A line a setting, over all seeds."""
-    return pivot(record, "model", name_of, nothing, keys)
-
-
-def nothing(row):
-    return ""
+    return pivot(record, "model", name_of, None, keys)
 
 
 def sweep(record, option, corner, keys=("reward", "vs_dpo")):
-    """A line a value of the swept option, the columns of each method that has several."""
-    of = grouped(record["rows"], plain_name)
-    several = [name for name, rows in of.items() if len({point(r, (option,)) for r in rows}) > 1]
-    rows = [row for row in record["rows"] if plain_name(row) in several]
-    rows.sort(key=lambda row: point(row, (option,)))            # stable: methods stay in order
+    """A line a value of the swept option, columns for each method."""
+    rows = sorted(record["rows"], key=lambda row: point(row, (option,)))    # stable
     return pivot({**record, "rows": rows}, corner, lambda row: f"{point(row, (option,))[0]:g}",
                  plain_name, keys)
 
@@ -239,35 +232,17 @@ def settings(rows):
     return markdown(["best score (its rate)", *(f"{steps} steps" for steps in all_steps)], lines)
 
 
-def readme(records):
-    """The README's rows; with a record of `knowledge`, also what other teachers are worth."""
-    used = [records[name] for name in ("main", "knowledge") if name in records]
-    unknown = {"reward": None, "true_acc": None, "kl": None}
-    rows = used[0]["rows"] + [{**row, **unknown} for record in used[1:] for row in record["rows"]
-                              if row["teacher"] != "full"]
+def readme(record):
+    """The README's rows of the main table."""
     shown = (DPO, TVKD, "tvkd logits/hold", SOFT, KD)
-    record = {"rows": [row for row in rows if name_of(row) in shown],
-              "codes": sum((one["codes"] for one in used), [])}
-    return pivot(record, "model", name_of, with_teacher, ("reward", "vs_dpo", "true_acc", "kl"))
-
-
-def with_teacher(row):
-    return f"teacher taught {HEADINGS[row['teacher']]}" if row["teacher"] else ""
-
-
-def cost(records):
-    """What the records took to make, on what."""
-    machines = sorted({f"{m['machine']}, Python {m['python']}, torch {m['torch']}"
-                       for m in (record["made"] for record in records.values())})
-    return (f"{sum(record['cells'] for record in records.values()):,} cells took "
-            f"{sum(record['seconds'] for record in records.values()) / 60:.0f} minutes of one "
-            f"thread, without teachers and starting students: {'; '.join(machines)}.")
+    return comparison({**record, "rows": [row for row in record["rows"] if name_of(row) in shown]},
+                      ("reward", "vs_dpo", "true_acc", "kl"))
 
 
 PAIRS, FLIPPED = "student's pairs (the teacher's: 3,000)", "share of the student's labels flipped"
 TABLES = {      # mark: what builds it from the record of this name, and its arguments
-    "main": (comparison,), "unseen": (comparison, TOY[:2]),
-    "knowledge": (knowledge,), "wrong": (wrong,), "sizes": (sizes,),
+    "main": (comparison,), "unseen": (comparison, TOY[:2]), "knowledge": (knowledge,),
+    "wrong": (wrong,), "sizes": (sizes,),
     "alpha": (sweep, "alpha", "alpha", ("reward", "vs_dpo", "kl")),
     "frontier": (sweep, "beta", "beta", ("reward", "vs_dpo", "kl")),
     "pairs": (sweep, "student_pairs", PAIRS), "noise": (sweep, "dose", FLIPPED),
@@ -284,7 +259,7 @@ def tables(records):
     if "knowledge" in records:
         texts["parts"] = built("knowledge", parts, records["knowledge"])
     if "main" in records:
-        texts["readme"] = built("main", readme, records)
+        texts["readme"] = built("main", readme, records["main"])
         texts["between"] = built("main", between, records)
     if "care" in records:
         texts["care"] = built("care", care, records)
@@ -312,7 +287,7 @@ def filled(text, texts, where):
 def rebuild(root=ROOT):
     """Rewrite the documents and figures under `root` from the records there."""
     records = load(root / "evidence" / "results")
-    texts, files = {**tables(records), "cost": cost(records)}, {}
+    texts, files = tables(records), {}
     for name in DOCS:
         text = (root / name).read_text(encoding="utf-8")
         files[name] = filled(text, texts, name)
