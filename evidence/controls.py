@@ -24,10 +24,9 @@ import statistics
 import time
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import torch
-import torch.nn as nn
 
 import data
 from evidence.cells import defaults
@@ -83,27 +82,15 @@ def psi_of_another_pair(psi, seed):
     return psi[:, torch.empty_like(order).scatter(0, order, order.roll(1))]
 
 
-def facts_alone(prompt, response):
-    return data.reward_parts(prompt, response)[0]
-
-
-def manners_alone(prompt, response):
-    return data.reward_parts(prompt, response)[1]
-
-
-def contrary_manners(prompt, response):
-    """Facts, and a liking for rude answers."""
+def weighted(of_facts, of_manners, prompt, response):
     facts, manners = data.reward_parts(prompt, response)
-    return facts - manners
-
-
-def opposite(prompt, response):
-    return -data.reward(prompt, response)
+    return of_facts * facts + of_manners * manners
 
 
 # What labels the teacher's pairs, with draws of its own. The student's are always the full reward.
-LABELS = {"full": data.reward, "facts": facts_alone, "manners": manners_alone,
-          "contrary": contrary_manners, "opposite": opposite}
+LABELS = {"full": partial(weighted, 1, 1), "facts": partial(weighted, 1, 0),
+          "manners": partial(weighted, 0, 1), "contrary": partial(weighted, 1, -1),
+          "opposite": partial(weighted, -1, -1)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -122,9 +109,8 @@ class Labelled(DPO):
 
 
 @dataclass(frozen=True, eq=False)
-class WarmKD(OfPairs):
+class WarmKD(KD):
     """KD of the distributions at a temperature, times its square, as Hinton et al. (2015) do."""
-    teacher: nn.Module
     temperature: float
 
     def __call__(self, model, ids):
@@ -136,21 +122,14 @@ class WarmKD(OfPairs):
 
 
 @dataclass(frozen=True, eq=False)
-class Both:
+class Both(OfPairs):
     """KD's loss of a token plus another one's of a pair, as means over a batch."""
-    kd: object
-    other: object
-
-    def __len__(self):
-        return len(self.kd)
-
-    @property
-    def lengths(self):
-        return self.kd.lengths
+    kd: KD
+    other: DPO
 
     @cached_property
     def tokens_of_pair(self):
-        return statistics.fmean(len(p.chosen) + len(p.rejected) for p in self.kd.pairs)
+        return statistics.fmean(len(p.chosen) + len(p.rejected) for p in self.pairs)
 
     def __call__(self, model, ids):
         kd, sums = self.kd(model, ids), self.other(model, ids)
@@ -283,7 +262,7 @@ def loss_of(cell, config, at):
         loss = Labelled(pairs, ref_logps, config.beta, soft_label(words[0], psi[0] - psi[1]))
     else:
         loss = DPO(pairs, ref_logps, config.beta)
-    return Both(kd, loss) if cell.method.startswith("kd+") else loss
+    return Both(pairs, kd, loss) if cell.method.startswith("kd+") else loss
 
 
 def psi_of(cell, config, pairs, teacher, teacher_ref):

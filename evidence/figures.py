@@ -3,11 +3,10 @@
 import statistics
 from html import escape
 
-from evidence.records import built, grouped, known, mean, name_of, plain_name, point
+from evidence.records import (HEADINGS, built, grouped, known, mean, name_of, plain_name,
+                              point)
 from harness.report import COLOURS, scale, ticks
 
-PANELS = {"full": "the teacher knows all", "facts": "facts alone", "manners": "manners alone",
-          "contrary": "facts, bad manners"}
 STYLE = """<style>svg { background: #fff; color: #222; font: 11px sans-serif }
 text { fill: currentColor } circle { fill: currentColor }
 path { stroke: currentColor; fill: none; stroke-width: 1.5 }
@@ -48,7 +47,7 @@ def forest(points, title, margin=190):
 
 
 def knowledge(record):
-    groups = grouped(record["rows"], lambda row: (name_of(row), PANELS[row["teacher"]]))
+    groups = grouped(record["rows"], lambda row: (name_of(row), HEADINGS[row["teacher"]]))
     return forest({place: mean(rows, "vs_dpo") for place, rows in groups.items()
                    if known(rows, "vs_dpo")},
                   "True reward minus DPO, by what the teacher was taught")

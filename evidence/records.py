@@ -15,6 +15,7 @@ from harness.numbers import summary
 CONTROLS = {"shuffled": "psi of other pairs", "plus": "plus sign", "beta": "beta / 2",
             "relabel": "teacher's labels", "soft": "teacher's soft labels",
             "mean": "mean of label and soft label", "evidence": "label and teacher as evidence"}
+HEADINGS = {"full": "all", "facts": "facts", "manners": "manners", "contrary": "facts, bad manners"}
 
 
 def load(folder):

@@ -19,7 +19,6 @@ import harness      # first: it sets how threads wait, which must happen before 
 
 import hashlib
 import json
-import os
 import platform
 import sys
 from contextlib import nullcontext
@@ -85,11 +84,11 @@ def rows_in(path, planned):
     record = json.loads(path.read_text(encoding="utf-8"))
     usual = defaults("data" in dict(planned.cells[0].options))
     of_cell = {identity(as_row(cell)): cell for cell in planned.cells}
-    for option, x in json.loads(json.dumps(usual)).items():
-        if record["options"].get(option, x) != x:
-            raise UserError(f"{path}: expected --{option}={x!r}, today's default, got rows made "
-                            f"with {record['options'][option]!r}; move it away to begin anew")
-    rows = {}
+    rows, then = {}, record["options"]
+    changed = [name for name, x in json.loads(json.dumps(usual)).items() if then.get(name, x) != x]
+    if changed:
+        raise UserError(f"{path}: expected rows made with today's defaults, got others of "
+                        f"{', '.join(changed)}; move it away to begin anew")
     for row in record["rows"]:
         if identity(row) not in of_cell:
             raise UserError(f"{path}: expected rows of today's plan, got {row['method']} "
@@ -103,23 +102,13 @@ def write_record(path, planned, rows):
     """rows: (seed, cell) -> row. They stand seed by seed, a row a line."""
     place = {cell: i for i, cell in enumerate(planned.cells)}
     order = sorted(rows, key=lambda task: (task[0], place[task[1]]))
-    made = {"torch": torch.__version__, "python": platform.python_version(), "machine": machine(),
-            "threads": 1, "code": rows[order[-1]]["code"]}
+    made = {"torch": torch.__version__, "python": platform.python_version(),
+            "machine": platform.machine(), "threads": 1, "code": rows[order[-1]]["code"]}
     record = {"experiment": path.stem, "made": made,
               "options": defaults("data" in dict(planned.cells[0].options)),
               "rows": [rows[task] for task in order]}
     text = json.dumps(record).replace('{"method"', '\n{"method"')
     write(path, f"{text}\n".encode())
-
-
-def machine():
-    """Processor, as the system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
 
 
 # --------------------------------------------------------------------------------------------------

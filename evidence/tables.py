@@ -15,7 +15,7 @@ from pathlib import Path
 from data import UserError
 from evidence.cells import COMPARED, FAMILIES, Picker, as_row, choices, identity, without_setting
 from evidence.figures import figures
-from evidence.records import (Parser, built, grouped, holm, known, load, name_of, p_value,
+from evidence.records import (HEADINGS, Parser, built, grouped, holm, known, load, name_of, p_value,
                               plain_name, point)
 from harness.numbers import plus_minus, summary
 from harness.outcome import exit_code
@@ -30,7 +30,6 @@ COLUMNS = {"reward": ("true reward", ".2f"), "vs_dpo": ("minus DPO", "+.2f"),
 TOY = ("reward", "vs_dpo", "pref_acc", "true_acc", "kl", "length")
 TEXT = ("pref_acc", "acc_vs_dpo", "kl", "length")
 DIFFERENCES = ("vs_dpo", "acc_vs_dpo")
-HEADINGS = {"full": "all", "facts": "facts", "manners": "manners", "contrary": "facts, bad manners"}
 DPO, TVKD, SOFT, KD = (name_of(as_row(cell)) for cell in COMPARED)
 UNSEEN = ", pairs unseen by the teacher"
 BETWEEN = (             # what is compared with what: record, teacher, minuend, subtrahend
