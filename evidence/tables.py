@@ -90,7 +90,7 @@ def pivot(record, corner, down, across, keys):
     columns = [(column, key) for column in columns for key in keys
                if any(numbers.get((line, column, key)) for line in lines)]
     texts, tested = texts_of(numbers)
-    head = [", ".join(filter(None, (column, COLUMNS[key][0]))) for column, key in columns]
+    head = [": ".join(filter(None, (column, COLUMNS[key][0]))) for column, key in columns]
     body = [[line, *(texts.get((line, *place), "-") for place in columns)] for line in lines]
     return markdown([corner, *head], body) + note([record], tested)
 
@@ -108,16 +108,16 @@ def sweep(record, option, corner, keys=("reward", "vs_dpo")):
 
 
 def taught(row):
-    return HEADINGS[row["teacher"]]
+    return f"taught {HEADINGS[row['teacher']]}"
 
 
 def knowledge(record):
     return pivot({**record, "rows": [row for row in record["rows"] if name_of(row) != DPO]},
-                 "what the teacher was taught", name_of, taught, ("vs_dpo",))
+                 "teacher", name_of, taught, ("vs_dpo",))
 
 
 def parts(record):
-    return pivot(record, "what the teacher was taught", name_of, taught, ("facts", "manners", "kl"))
+    return pivot(record, "teacher", name_of, taught, ("facts", "manners"))
 
 
 def condition(row):
@@ -233,9 +233,9 @@ def settings(rows):
 
 def readme(record):
     """The README's rows of the main table."""
-    shown = (DPO, TVKD, "tvkd logits/hold", SOFT, KD)
-    return comparison({**record, "rows": [row for row in record["rows"] if name_of(row) in shown]},
-                      ("reward", "vs_dpo", "true_acc", "kl"))
+    groups = grouped(record["rows"])
+    rows = sum((groups[name] for name in (DPO, TVKD, "tvkd logits/hold", SOFT, KD)), [])
+    return comparison({**record, "rows": rows}, ("reward", "vs_dpo", "true_acc", "kl"))
 
 
 PAIRS, FLIPPED = "student's pairs (the teacher's: 3,000)", "share of the student's labels flipped"
