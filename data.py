@@ -21,22 +21,6 @@ import numpy as np
 import torch
 
 
-def printable(text):
-    """Text with U+FFFD for what a terminal would obey: line feeds, ESC, right-to-left overrides."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in str(text))
-
-
-class UserError(ValueError):
-    """A mistake in the user's data or options: one printable line, what was expected and where."""
-
-    def __init__(self, message):
-        super().__init__(printable(message))    # it may quote a file name or a text
-
-
-class CheckFailed(RuntimeError):
-    """What must hold does not: a mistake in the program or its settings."""
-
-
 class Example(NamedTuple):
     prompt: str | list[int]
     response: str | list[int]
@@ -129,13 +113,9 @@ def toy_splits(train, val, test, seed, label_reward=None):
     label_reward, a function like `reward`, labels all pairs in its place, and changes no text.
     """
     sizes = (len(THINGS), *map(len, FACTS))
-    n_prompts = np.prod(sizes)
-    if train + val + test > n_prompts:
-        raise UserError(f"--train_pairs + --val_pairs + --test_pairs: expected at most {n_prompts} "
-                        f"toy prompts, got {train + val + test}")
     rng, label_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     sft, pairs = [], []
-    for i in rng.choice(n_prompts, train + val + test, replace=False):      # distinct prompts
+    for i in rng.choice(np.prod(sizes), train + val + test, replace=False):      # distinct prompts
         choices = zip((THINGS, *FACTS), np.unravel_index(i, sizes))
         thing, *facts = (words[choice] for words, choice in choices)
         prompt = f"Describe the {thing}: {', '.join(facts)}."

@@ -186,14 +186,6 @@ def both_responses(pairs):
             + [Example(pair.prompt, pair.rejected) for pair in pairs])
 
 
-def pair_logps(model, pairs):
-    """log pi(y|x) of the chosen and the rejected response of every pair: (2, B) nats."""
-    rows, device = both_responses(pairs), device_of(model)
-    batches = (collate(half, device) for half in (rows[:len(pairs)], rows[len(pairs):]))
-    return torch.stack([sequence_logps(response_logps(model, tokens, mask), mask)
-                        for tokens, mask in batches])
-
-
 def batches(rows, batch_size, device):
     """Examples of ids -> (their indices, tokens, mask), rows of like length in a batch.
 
@@ -205,13 +197,19 @@ def batches(rows, batch_size, device):
         yield ids, *collate([rows[i] for i in ids], device)
 
 
-@torch.no_grad()
 def rows_logps(model, rows, batch_size):
-    """log pi(y|x) of many rows, in the rows' order, without a gradient: (len(rows),) nats."""
-    result = torch.empty(len(rows), device=device_of(model))
+    """log pi(y|x) of many rows, `batch_size` at a time, in the rows' order: (len(rows),) nats."""
+    order, logps = [], []
     for ids, tokens, mask in batches(rows, batch_size, device_of(model)):
-        result[ids] = sequence_logps(response_logps(model, tokens, mask), mask)
-    return result
+        order += ids
+        logps.append(sequence_logps(response_logps(model, tokens, mask), mask))
+    return torch.cat(logps)[torch.tensor(order).argsort().to(device_of(model))]
+
+
+def pair_logps(model, pairs):
+    """log pi(y|x) of the chosen and the rejected responses, (2, B) nats: the short rows at once,
+    then the long ones."""
+    return rows_logps(model, both_responses(pairs), len(pairs)).view(2, -1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,22 +2,19 @@
 
     python train.py                         the toy task, whose true reward is known
     python train.py --data=FILE             your own preferences
-    python train.py --help                  every option
     python train.py --ask=PROMPT            every model of a finished run answers
-    python train.py --score=FILE            scores other pairs under every model of a finished run
-    python train.py --export=FOLDER         those models for the transformers library
+    python train.py --help                  every option
 
     torchrun --standalone --nproc_per_node=2 train.py       shares every batch among processes
 
-Read `experiment` first: it is the method section. Then the losses and `fit`. What comes from
-harness/ does not change what is computed:
+Read `experiment` first: it is the method section. Then the losses and `fit`. From harness/ come
 
     gradient        the gradient of a batch, in parts that two threads or several processes share
-    keep            keep(name, f, *args) is f(*args), or what an earlier run kept of the same
     Progress        prints and logs the steps of `fit`, and resumes an interrupted one
-    Validation, HeldOut, is_correct     measure a model on held-out pairs
-    all_pair_logps, sample      log-probs of all pairs, computed once; answers to many prompts
+    keep            keep(name, f, *args) is f(*args), or what an earlier run kept of the same
     new_model       a model with new weights, or those of a file
+    all_pair_logps, sample              log-probs of many pairs, answers to many prompts
+    HeldOut, Validation, is_correct     measure a model on held-out pairs
     command_line    options, seeds, the table; or the use of a finished run
 """
 
@@ -32,39 +29,36 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-import data
-from data import CheckFailed, Example, collate
+from data import Example, shuffled_batches
+from harness.errors import CheckFailed
 from harness.command import command_line, new_model
 from harness.evaluate import HeldOut, Validation, all_pair_logps, is_correct, sample
 from harness.progress import Progress
 from harness.steps import gradient
-from model import (GPT, both_responses, device_of, pair_logps, response_logps, state_values,
-                   summed_psi)
+from model import (GPT, batches, both_responses, device_of, frozen_copy, pair_logps,
+                   response_logps, state_values, summed_psi)
 from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
 
 # --------------------------------------------------------------------------------------------------
 # Losses. loss(model, ids) reads the rows of a few indices and returns sums over them: {"loss", "n":
-# the number of tokens or pairs, "tokens": all tokens read, further numbers for the log}. Sums,
-# because harness/steps.py may cut a batch into parts of unequal size: it divides by n at the end.
-# len(loss) is the number of indices; lengths[i] are the tokens of each row that index i reads.
+# the number of tokens or pairs, further numbers for the log}. Sums, because a batch may be cut into
+# parts of unequal size: `gradient` divides by n at the end. lengths[i]: the tokens of each row that
+# index i reads.
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
     """-log pi(a|s), a mean over tokens: supervised fine-tuning, and bc on the teacher's answers."""
     answers: list               # answers[i]: the Examples trained on when index i is drawn
 
-    def __len__(self):
-        return len(self.answers)
-
     @cached_property
     def lengths(self):
         return [[len(row.prompt) + len(row.response) for row in rows] for rows in self.answers]
 
     def __call__(self, model, ids):
-        rows = [row for i in ids for row in self.answers[i]]
-        tokens, mask = collate(rows, device_of(model))                  # (B, T+1), (B, T)
-        loss, n = nll_loss(response_logps(model, tokens, mask), mask), mask.sum()
-        return {"loss": loss * n, "n": n, "tokens": sum(sum(self.lengths[i]) for i in ids)}
+        rows, loss = [row for i in ids for row in self.answers[i]], 0
+        for _, tokens, mask in batches(rows, len(ids), device_of(model)):
+            loss = loss + nll_loss(response_logps(model, tokens, mask), mask) * mask.sum()
+        return {"loss": loss, "n": sum(len(row.response) for row in rows)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,16 +66,10 @@ class OfPairs:
     """What the losses of pairs share."""
     pairs: list
 
-    def __len__(self):
-        return len(self.pairs)
-
     @cached_property
     def lengths(self):
         return [[len(pair.prompt) + len(y) for y in (pair.chosen, pair.rejected)]
                 for pair in self.pairs]
-
-    def rows(self, ids):
-        return [self.pairs[i] for i in ids]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +78,12 @@ class KD(OfPairs):
     teacher: GPT
 
     def __call__(self, model, ids):
-        tokens, mask = collate(both_responses(self.rows(ids)), device_of(model))
-        with torch.no_grad():           # in every step: V floats a token are too many to keep
-            teacher_logits = self.teacher(tokens)                               # (2B, T+1, V)
-        loss, n = kd_loss(model(tokens), teacher_logits, mask), mask.sum()
-        return {"loss": loss * n, "n": n, "tokens": sum(sum(self.lengths[i]) for i in ids)}
+        rows, loss = both_responses([self.pairs[i] for i in ids]), 0
+        for _, tokens, mask in batches(rows, len(ids), device_of(model)):
+            with torch.no_grad():       # in every step: V floats a token are too many to keep
+                teacher_logits = self.teacher(tokens)                           # (B, T+1, V)
+            loss = loss + kd_loss(model(tokens), teacher_logits, mask) * mask.sum()
+        return {"loss": loss, "n": sum(len(row.response) for row in rows)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +101,14 @@ class DPO(OfPairs):
         return torch.full((len(ids),), math.log(2))
 
     def __call__(self, model, ids):
-        logps, ref = pair_logps(model, self.rows(ids)), self.ref_logps[:, ids]      # (2, B) each
+        logps = pair_logps(model, [self.pairs[i] for i in ids])                 # (2, B)
+        ref = self.ref_logps[:, ids]                                            # (2, B)
         chosen, rejected = (logps - ref).detach()                               # log-ratios (B,)
         margins = self.beta * (chosen - rejected)
         return {"loss": self.losses(logps, ids).sum(), "n": len(ids),
                 "policy_chosen": logps[0].sum(), "policy_rejected": logps[1].sum(),
                 "ref_chosen": ref[0].sum(), "ref_rejected": ref[1].sum(),
-                "margin": margins.sum(), "accuracy": is_correct(margins).sum(),
-                "tokens": sum(sum(self.lengths[i]) for i in ids)}
+                "margin": margins.sum(), "accuracy": is_correct(margins).sum()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +140,8 @@ class SoftDPO(DPO):
         return p * as_labelled + (1 - p) * flipped
 
 
-# The methods: a loss, whose fields are taken by name from `inputs` in `experiment`, and the option
-# that is its learning rate. To add one, write its class above and its line here.
+# The methods: a loss, whose fields are the `inputs` of `experiment` it reads, and the option of
+# its learning rate. To add one, write its class above and its line here.
 METHODS = {
     "bc": (Likelihood, "distill_lr"),
     "kd": (KD, "distill_lr"),
@@ -163,7 +152,6 @@ METHODS = {
 
 
 # --------------------------------------------------------------------------------------------------
-# Training
 
 def fit(start, loss, recipe, seed, validate=None, progress=None):
     """Train a copy of `start` on `loss` -> the trained model, frozen.
@@ -175,7 +163,8 @@ def fit(start, loss, recipe, seed, validate=None, progress=None):
     model = copy.deepcopy(start).requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0, fused=True)
-    order = data.shuffled_batches(len(loss), recipe.batch_size, torch.Generator().manual_seed(seed))
+    order = shuffled_batches(len(loss.lengths), recipe.batch_size,
+                             torch.Generator().manual_seed(seed))
     steps_done = progress.begin(model, optimizer, recipe, validate)
     for step, ids in zip(range(1, recipe.steps + 1), order):
         if step <= steps_done:
@@ -198,23 +187,18 @@ def schedule(step, steps):
 
 
 def check_start(model, loss, sums, norm, expected):
-    """At step 1, on the first batch: policy = reference, so the loss is known. Else CheckFailed.
-
-    The reference was scored in other batches, so that its sums were rounded in another order: the
-    more, the longer they are.
-    """
+    """Before the first step policy = reference, so the loss is known. Raises CheckFailed."""
     start = sums["loss"] / sums["n"]
-    print(f"  before training: loss {start:.4f}, expected {expected:.4f}; "
-          f"gradient norm {norm:.3g}, expected not 0")
-    longest = max(abs(sums["ref_chosen"]), abs(sums["ref_rejected"])) / sums["n"]       # nats
-    rounding = 0.2 if model.config.bfloat16 else 1e-3 + 2e-6 * longest
-    if abs(start - expected) > max(1.0, loss.beta) * rounding + 1e-6 * abs(expected):
-        raise CheckFailed(f"loss {start:.6g} before training, expected {expected:.6g}: policy and "
+    print(f"  first batch: loss {start:.4f}, expected {expected:.4f}; gradient norm {norm:.3g}")
+    # The reference was scored in other batches: its sums were rounded in another order.
+    nats = max(abs(sums["ref_chosen"]), abs(sums["ref_rejected"])) / sums["n"]
+    rounding = max(1.0, loss.beta) * (0.2 if model.config.bfloat16 else 1e-3 + 2e-6 * nats)
+    if abs(start - expected) > rounding + 1e-6 * abs(expected):
+        raise CheckFailed(f"first batch: loss {start:.6g}, expected {expected:.6g}: policy and "
                           "reference are not scored alike")
     if norm == 0:
-        raise CheckFailed(f"expected a gradient before training, got 0 at a loss of {start:.3g}: "
-                          "the sigmoid is flat there; scale the teacher's values down, lower "
-                          "--alpha, or raise --beta")
+        raise CheckFailed(f"first batch: gradient 0 at a loss of {start:.3g}, where the sigmoid is "
+                          "flat; scale the teacher's values down, lower --alpha, or raise --beta")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,7 +208,8 @@ def train_teacher(config, seed, task, device, val, keep):
     """Supervised fine-tuning, then DPO against its own fine-tuned self -> (reference, teacher)."""
     new, beta = new_model("teacher", config, task, seed, device), config.teacher_beta
     if config.teacher:                  # it comes DPO-trained, and --teacher_init is its reference
-        return new, new_model("teacher", config, task, seed, device, config.teacher)
+        given = new_model("teacher", config, task, seed, device, config.teacher)
+        return keep("teacher-sft", frozen_copy, new), keep("teacher-dpo", frozen_copy, given)
     # The teacher is trained on the prompts as well, which makes it learn sooner to copy facts.
     corpus = [[Example(row.prompt[:1], row.prompt[1:] + row.response)] for row in task.ids.sft]
     teacher_ref = keep.train("teacher-sft", fit, new, Likelihood(corpus),

@@ -71,7 +71,7 @@ class Step:
                                            weight_decay=0.0, fused=True)
 
     def __call__(self):
-        gradient(self.model, self.loss, list(range(len(self.loss))))
+        gradient(self.model, self.loss, list(range(len(self.loss.lengths))))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
@@ -96,7 +96,7 @@ class UncachedDPO(DPO):
 
     def losses(self, logps, ids):
         with torch.no_grad():
-            ref_logps = pair_logps(self.ref, self.rows(ids))
+            ref_logps = pair_logps(self.ref, [self.pairs[i] for i in ids])
         return dpo_loss(*logps, *ref_logps, self.beta)
 
 

@@ -106,7 +106,8 @@ REAL = {"block_size": 256, "student_sft_steps": 200, "teacher_sft_steps": 200,
 HUMAN = {"block_size": 64, "batch_size": 64, "teacher_layers": 3, "teacher_heads": 8,
          "teacher_width": 128, "student_layers": 2, "student_heads": 4, "student_width": 64,
          "teacher_sft_steps": 600, "teacher_dpo_steps": 180, "teacher_dpo_lr": 3e-4,
-         "student_sft_steps": 400, "val_pairs": 100, "test_pairs": 1400, "max_new_tokens": 32}
+         "student_sft_steps": 400, "steps": 60, "val_pairs": 100, "test_pairs": 1400,
+         "max_new_tokens": 32}
 HUMAN_STEPS = {300: (30, 60, 120), 3000: (60, 120, 240)}
 
 
@@ -262,6 +263,13 @@ def identity(row):
     return json.dumps({**parts, "dose": float(row["dose"])}, sort_keys=True)
 
 
+def option_of(row, name):
+    """The value of an option: a row has those not at the defaults of its record, its "usual" ones.
+    """
+    usual = row.get("usual") or defaults("data" in row["options"])
+    return row["options"].get(name, usual[name])
+
+
 def without_setting(row):
     """What a row trains, whatever its steps and learning rate."""
     options = {name: x for name, x in row["options"].items() if name not in ("steps", "lr")}
@@ -275,8 +283,7 @@ def choices(rows):
     """
     scores = {}
     for row in rows:
-        usual = defaults("data" in row["options"])
-        setting = tuple(row["options"].get(name, usual[name]) for name in ("steps", "lr"))
+        setting = option_of(row, "steps"), option_of(row, "lr")
         score = row["pref_acc"] if row["reward"] is None else row["reward"]
         scores.setdefault(without_setting(row), {}).setdefault(setting, []).append(score)
     return {kind: {setting: statistics.fmean(x) for setting, x in of_kind.items()}

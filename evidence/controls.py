@@ -114,11 +114,11 @@ class WarmKD(KD):
     temperature: float
 
     def __call__(self, model, ids):
-        tokens, mask = data.collate(both_responses(self.rows(ids)))
+        tokens, mask = data.collate(both_responses([self.pairs[i] for i in ids]))
         with torch.no_grad():
             teacher_logits = self.teacher(tokens) / self.temperature            # (2B, T+1, V)
         loss, n = kd_loss(model(tokens) / self.temperature, teacher_logits, mask), mask.sum()
-        return {"loss": loss * n * self.temperature ** 2, "n": n, "tokens": tokens.numel()}
+        return {"loss": loss * n * self.temperature ** 2, "n": n}
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +133,7 @@ class Both(OfPairs):
 
     def __call__(self, model, ids):
         kd, sums = self.kd(model, ids), self.other(model, ids)
-        return {"loss": kd["loss"] / self.tokens_of_pair + sums["loss"], "n": sums["n"],
-                "tokens": sums["tokens"]}
+        return {"loss": kd["loss"] / self.tokens_of_pair + sums["loss"], "n": sums["n"]}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import UserError
-from evidence.cells import SWEPT, defaults, identity
+from harness.errors import UserError
+from evidence.cells import SWEPT, identity, option_of
 from harness.numbers import summary
 
 CONTROLS = {"shuffled": "psi of other pairs", "plus": "plus sign", "beta": "beta / 2",
@@ -32,7 +32,8 @@ def load(folder):
             codes = {row.get("code", made["code"])[:8] for row in rows}
             of_seeds = grouped(rows, lambda row: row["seed"])
             most = max(len({identity(row) for row in rows}) for rows in of_seeds.values())
-            full = [of_seed for of_seed in of_seeds.values() if len(of_seed) == most]
+            full = [[{**row, "usual": record["options"]} for row in of_seed]
+                    for of_seed in of_seeds.values() if len(of_seed) == most]
             rows = sum((paired(rows, SWEPT.get(path.stem.split("_")[0], ())) for rows in full), [])
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: expected a record of evidence.run, got another content "
@@ -60,9 +61,7 @@ def paired(rows, swept):
 
 def point(row, options):
     """The values of some options, or of the dose, in a row."""
-    usual = defaults("data" in row["options"])
-    return tuple(row["dose"] if name == "dose" else row["options"].get(name, usual[name])
-                 for name in options)
+    return tuple(row["dose"] if name == "dose" else option_of(row, name) for name in options)
 
 
 def built(name, build, *args):
@@ -157,4 +156,4 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        raise UserError(f"{message:.300}; try --help")
+        raise UserError(f"{message}; try --help")

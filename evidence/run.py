@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from data import UserError, printable
+from harness.errors import UserError, printable
 from evidence import controls
 from evidence.cells import (EXPERIMENTS, Experiment, Picker, as_row, defaults, experiment, identity,
                             record_name, tuning_experiment, tunings_of, with_options)
@@ -85,7 +85,8 @@ def rows_in(path, planned):
     usual = defaults("data" in dict(planned.cells[0].options))
     of_cell = {identity(as_row(cell)): cell for cell in planned.cells}
     rows, then = {}, record["options"]
-    changed = [name for name, x in json.loads(json.dumps(usual)).items() if then.get(name, x) != x]
+    changed = [name for name, x in json.loads(json.dumps(usual)).items() if then.get(name, x) != x
+               and not all(name in dict(cell.options) for cell in planned.cells)]
     if changed:
         raise UserError(f"{path}: expected rows made with today's defaults, got others of "
                         f"{', '.join(changed)}; move it away to begin anew")
@@ -155,7 +156,7 @@ def parse(argv):
     options = parser.parse_args(argv)
     for name in options.names:
         if name not in names:
-            raise UserError(f"expected some of {', '.join(names)}, got {name:.100}")
+            raise UserError(f"expected some of {', '.join(names)}, got {name}")
     if options.seeds is not None and options.seeds < 1:
         raise UserError(f"--seeds: expected at least 1, got {options.seeds}")
     if bool(options.data) != bool({*ON_FILES} & {*options.names}):

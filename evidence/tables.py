@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from data import UserError
+from harness.errors import UserError
 from evidence.cells import COMPARED, FAMILIES, Picker, as_row, choices, identity, without_setting
 from evidence.figures import figures
 from evidence.records import (HEADINGS, Parser, built, grouped, holm, known, load, name_of, p_value,

@@ -103,6 +103,7 @@ def all_pair_logps(model, pairs, batch_size):
     return torch.stack(two_at_once(half_logps, halves, device_of(model), model, batch_size))
 
 
+@torch.no_grad()
 def half_logps(model, batch_size, rows):
     return rows_logps(model, rows, batch_size)
 

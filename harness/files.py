@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from data import UserError
+from harness.errors import UserError
 
 
 def write(path, content, option="--out"):

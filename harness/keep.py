@@ -22,7 +22,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from data import UserError, printable
+from harness.errors import printable, UserError
 from harness.code import reached
 from harness.files import load_safely, write
 from harness.progress import Progress, ctrl_c_held

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from data import UserError, printable
+from harness.errors import printable, UserError
 from model import VALUES
 
 TERMINALS = ("zero", "hold", "value")

@@ -10,7 +10,7 @@ from shutil import get_terminal_size
 
 import torch
 
-from data import CheckFailed, UserError, printable
+from harness.errors import CheckFailed, printable, UserError
 from harness.ask import show_answers
 from harness.evaluate import HeldOut, fill, measure
 from harness.files import write

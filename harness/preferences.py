@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Example, Pair, Splits, UserError, printable
+from data import Example, Pair, Splits
+from harness.errors import printable, UserError
 
 SECONDS = 3                 # between two lines of `progress`
 TEXTS = ("prompt", "chosen", "rejected")

@@ -13,13 +13,13 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-from data import UserError
+from harness.errors import UserError
 from model import device_of
 
 # --------------------------------------------------------------------------------------------------
 # The gradient
 
-TOKENS = 1500           # of a part: more at once run no faster
+TOKENS = 1500           # that a model reads at a time: more run no faster
 
 
 def gradient(model, loss, ids, micro_batch=0):
@@ -40,6 +40,7 @@ def gradient(model, loss, ids, micro_batch=0):
         for tensor in (values, *gradients):
             dist.all_reduce(tensor)
     total = dict(zip(names, values.tolist()))
+    total["tokens"] = sum(sum(loss.lengths[i]) for i in ids)
     for parameter in model.parameters():
         parameter.grad = gradients.pop(0) / total["n"]
     return total
@@ -77,11 +78,12 @@ def cut(lengths, ids, micro_batch, threads):
 def parts_of(order, lengths, most):
     """Indices sorted by length -> parts of at most `most` of them.
 
-    As few as keep a part within some TOKENS and the padding within an eighth, at most eight where
-    `most` allows it.
+    As few as keep what is read at a time within some TOKENS and the padding within an eighth, at
+    most eight where `most` allows it.
     """
     tokens = sum(sum(lengths[i]) for i in order)
-    for n in range(max(math.ceil(len(order) / most), min(8, 1 + tokens // TOKENS)), 9):
+    at_a_time = tokens // len(lengths[order[0]])
+    for n in range(max(math.ceil(len(order) / most), min(8, 1 + at_a_time // TOKENS)), 9):
         size = math.ceil(len(order) / n)
         parts = [order[start:start + size] for start in range(0, len(order), size)]
         if tokens >= 0.875 * sum(padded(part, lengths) for part in parts):
@@ -91,8 +93,9 @@ def parts_of(order, lengths, most):
 
 
 def padded(part, lengths):
-    """Tokens of a part with padding: the first rows of all its indices are one batch, and so on."""
-    return sum(len(part) * max(column) for column in zip(*(lengths[i] for i in part)))
+    """Tokens of a part with padding: its rows are read sorted by length, len(part) at a time."""
+    rows, size = sorted(x for i in part for x in lengths[i]), len(part)
+    return sum(len(rows[k:k + size]) * rows[k:k + size][-1] for k in range(0, len(rows), size))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class Row:
 
 
 def printable(text):
-    """data.printable again, since this file needs only the standard library."""
+    """printable again, since this file needs only the standard library."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 

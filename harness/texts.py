@@ -1,9 +1,10 @@
 """From the options to the texts and ids of one seed."""
 
+import math
 from typing import NamedTuple
 
 import data
-from data import UserError
+from harness.errors import UserError, printable
 from harness.preferences import counted, split_pairs
 from harness.tokenizers import learn_tokenizer, named_tokenizer
 
@@ -21,6 +22,10 @@ def load_task(config, seed, pairs=None):
     """
     sizes, lines = (config.train_pairs, config.val_pairs, config.test_pairs), [f"seed {seed}"]
     if pairs is None:
+        prompts = len(data.THINGS) * math.prod(map(len, data.FACTS))
+        if sum(sizes) > prompts:
+            raise UserError(f"--train_pairs + --val_pairs + --test_pairs: expected at most "
+                            f"{prompts} toy prompts, got {sum(sizes)}")
         texts = data.toy_splits(*sizes, seed)
     else:
         texts = split_pairs(pairs, *sizes, seed)
@@ -57,5 +62,5 @@ def count_oddities(path, pairs, texts):
     contradicted = sum((prompt, rejected, chosen) in once for prompt, chosen, rejected in once)
     if not (unused or repeated or contradicted):
         return []
-    return [f"  {data.printable(path)}: {len(pairs)} pairs; {unused} left out by --train_pairs; "
+    return [f"  {printable(path)}: {len(pairs)} pairs; {unused} left out by --train_pairs; "
             f"kept: {repeated} that repeat another, {contradicted} that another contradicts"]

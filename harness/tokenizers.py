@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data import UserError
+from harness.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"       # the name of the EOS id; in a text these characters stay text
 # Letters, digits or other signs, with the space before them, or a run of spaces. No token reaches

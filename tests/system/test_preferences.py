@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import data
-from data import Example, Pair, UserError, encode
+from data import Example, Pair, encode
+from harness.errors import UserError
 from harness import preferences
 from harness.preferences import load_pairs, parse_pair, split_pairs
 from harness.tokenizers import learn_tokenizer
