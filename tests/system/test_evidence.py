@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +17,8 @@ from harness.errors import UserError
 from harness.options import Config
 from harness.texts import load_task
 from model import GPT, GPTConfig, both_responses, rows_logps
-from train import DPO, KD, TVKD
+from small_run import write_pairs
+from train import DPO, KD
 from tvkd import kd_loss
 
 TINY = {"batch_size": 8, "block_size": 64, "max_new_tokens": 4, "samples": 1, "student_heads": 2,
@@ -35,7 +34,6 @@ def tiny(cell, **options):
 
 @pytest.fixture(scope="module")
 def at(tmp_path_factory):
-    """A seed at tiny sizes."""
     return controls.Seed(tmp_path_factory.mktemp("work"), 0)
 
 
@@ -115,12 +113,10 @@ def test_noise_flips_pairs_log_probs_and_psi_together(loss_of):
 
 
 def test_share_of_flipped_labels():
-    """Of 10,000 labels 4,000 at 0.4, within 4 standard deviations of 49; fewer labels of the same
-    seed are the first ones of more."""
+    """Of 10,000 labels 4,000 at 0.4, within 4 standard deviations of 49; others of another seed."""
     many = controls.which_flip(10_000, 0.4, 0)
     assert abs(many.sum().item() - 4000) < 200
-    assert torch.equal(many[:300], controls.which_flip(300, 0.4, 0))
-    assert not torch.equal(many[:300], controls.which_flip(300, 0.4, 1))
+    assert not torch.equal(many, controls.which_flip(10_000, 0.4, 1))
 
 
 def test_a_teacher_with_flipped_labels_sees_the_students_noise(at, loss_of):
@@ -166,15 +162,13 @@ def test_what_a_teacher_is_taught(at):
 # --- losses ---------------------------------------------------------------------------------------
 
 def test_warm_kd_by_hand(models):
-    """At temperature 1 it is KD; at 2 four times kd_loss of halved logits."""
+    """At temperature 1 kd_loss; at 2 four times kd_loss of halved logits."""
     student, teacher, pairs = models
     tokens, mask = data.collate(both_responses(pairs))
     for t in (1, 2):
         sums = controls.WarmKD(pairs, teacher, t)(student, range(6))
         expected = t ** 2 * kd_loss(student(tokens) / t, teacher(tokens) / t, mask)
         close((sums["loss"] / sums["n"]).detach(), expected.detach(), 1e-5)
-    close(KD(pairs, teacher)(student, range(6))["loss"].detach(),
-          controls.WarmKD(pairs, teacher, 1)(student, range(6))["loss"].detach(), 1e-4)
 
 
 def test_sum_of_two_losses(models):
@@ -187,12 +181,6 @@ def test_sum_of_two_losses(models):
     close((whole["loss"] / whole["n"]).detach(), sum(means).detach(), 1e-4)
     halves = [both(student, ids)["loss"] for ids in (range(2), range(2, 6))]
     close(sum(halves).detach(), whole["loss"].detach(), 1e-3)
-
-
-def test_which_losses_are_added(loss_of):
-    for cell, second in ((cells.KD_DPO, DPO), (cells.KD_TVKD, TVKD)):
-        both = loss_of(cell)
-        assert (type(both.kd), type(both.other)) == (KD, second)
 
 
 # --- experiments ----------------------------------------------------------------------------------
@@ -319,11 +307,9 @@ def test_every_kind_of_cell_trains(at):
 
 
 def test_on_a_file_settings_are_chosen_by_accuracy(tmp_path):
-    """A file of 40 prompts; on "choice" the held-out pairs of the test split are ordered, and the
-    student that is its own reference ties in all: 1/2."""
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"Say {n}.", "chosen": " yes", "rejected": " no"})
-                            + "\n" for n in range(40)), encoding="utf-8")
+    """On "choice" the held-out pairs of the test split are ordered, and the student that is its own
+    reference ties in all: 1/2."""
+    path = write_pairs(tmp_path / "pairs.jsonl", [(f"Say {n}.", " yes", " no") for n in range(40)])
     seed = controls.Seed(tmp_path, 0)
     for method, split in (("sft", "choice"), ("dpo", "choice"), ("teacher", "test")):
         cell = tiny(Cell(method, split=split), data=str(path), train_pairs=20, test_pairs=6)
@@ -364,14 +350,6 @@ def test_one_run_a_folder(tmp_path, capsys):
         assert run.main(["main", f"--results={tmp_path}"]) == 2
     assert capsys.readouterr().err == (
         f"evidence: --results: expected a folder that no other run is using, got {tmp_path}\n")
-
-
-def test_a_reader_that_goes_away():
-    """As in `python -m evidence.run --plan | head -1`: no traceback, and not 0."""
-    process = subprocess.Popen([sys.executable, "-m", "evidence.run", "--plan"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
-    assert process.stderr.read().count("\n") <= 1 and process.wait() not in (0, 120)
 
 
 @pytest.mark.parametrize("wrong", [
