@@ -106,8 +106,7 @@ REAL = {"block_size": 256, "student_sft_steps": 200, "teacher_sft_steps": 200,
 HUMAN = {"block_size": 64, "batch_size": 64, "teacher_layers": 3, "teacher_heads": 8,
          "teacher_width": 128, "student_layers": 2, "student_heads": 4, "student_width": 64,
          "teacher_sft_steps": 600, "teacher_dpo_steps": 180, "teacher_dpo_lr": 3e-4,
-         "student_sft_steps": 400, "steps": 60, "val_pairs": 100, "test_pairs": 1400,
-         "max_new_tokens": 32}
+         "student_sft_steps": 400, "val_pairs": 100, "test_pairs": 1400, "max_new_tokens": 32}
 HUMAN_STEPS = {300: (30, 60, 120), 3000: (60, 120, 240)}
 
 

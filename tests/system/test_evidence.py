@@ -44,14 +44,12 @@ def loss_of(at):
 
 
 @pytest.fixture
-def models():
-    """(student, teacher, six pairs of ids), with random weights."""
+def models():           # (student, teacher, six pairs of ids), with random weights
     task, both = load_task(Config(**TINY), 0), []
     for seed in (0, 1):
         torch.manual_seed(seed)
         both.append(GPT(GPTConfig(task.tokenizer.n_vocab, 64, 1, 2, 8)))
     return *both, task.ids.train[:6]
-
 
 # --- labels and teachers --------------------------------------------------------------------------
 
@@ -226,7 +224,7 @@ def test_every_method_has_the_same_tries(name, tries):
 
 def test_difference_is_to_dpo_at_the_same_point():
     """TVKD on 100 pairs is compared with DPO on 100 pairs: 3.5 - 1 = 2.5; on 300, the default, with
-    DPO on 300: 5 - 3 = 2; soft labels of the same accuracy are no base."""
+    DPO on 300: 5 - 3 = 2; soft labels are no base."""
     rows = [{**cells.as_row(with_options(cell, student_pairs=n)), "reward": reward, "pref_acc": x}
             for n, cell, reward, x in ((100, cells.SOFT, 9.0, 0.5), (100, cells.DPO, 1.0, 0.5),
                                        (100, cells.TVKD, 3.5, 0.75),
@@ -345,8 +343,7 @@ def test_mistakes_end_in_one_line(argv, message, tmp_path, capsys):
 
 
 def test_one_run_a_folder(tmp_path, capsys):
-    (tmp_path / "work").mkdir()
-    with run.lock(tmp_path / "work"):
+    with run.locked(tmp_path):
         assert run.main(["main", f"--results={tmp_path}"]) == 2
     assert capsys.readouterr().err == (
         f"evidence: --results: expected a folder that no other run is using, got {tmp_path}\n")
