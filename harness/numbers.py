@@ -36,12 +36,3 @@ def plus_minus(mean, half, form):
     """"2.36 ± 0.46", "2.36" where the interval is unknown, "-" where the mean is."""
     margin = "" if half is None else f" \u00b1 {half:{form.strip('+')}}"
     return "-" if mean is None else f"{mean:{form}}{margin}"
-
-
-def landmarks(values):
-    """V(s_p) to V(s_end) of a response -> V(s_p), the sum of those between, V(s_end-1), V(s_end).
-
-    With these the sum of psi is known for every gamma and terminal:
-    gamma Phi(s_end) - V(s_p) - (1 - gamma) * the sum of those between.
-    """
-    return [values[0], math.fsum(values[1:-1]), values[-2], values[-1]]
