@@ -95,8 +95,8 @@ def rows_in(path, planned):
         if identity(row) not in of_cell:
             raise UserError(f"{path}: expected rows of today's plan, got {row['method']} "
                             f"{row['control']} {row['options']}; move it away to begin anew")
-        rows[row["seed"], of_cell[identity(row)]] = {
-            "code": record["made"]["code"][:12], **row}
+        row.setdefault("code", record["made"]["code"][:12])
+        rows[row["seed"], of_cell[identity(row)]] = row
     return rows
 
 
