@@ -3,9 +3,8 @@
     python -m evidence.tables   rebuild what stands between <!-- NAME --> and <!-- /NAME --> in
                                 docs/results.md, docs/sweeps.md and README.md, and docs/*.svg
 
-Every mean is over seeds; "minus DPO" is paired: the difference, seed by seed, to DPO from the same
-student, on the same pairs and prompts; in a sweep at the same point. Under each table stand its
-number of seeds, the test behind its bold numbers, and the digest of the code that made its rows.
+"minus DPO" is paired: the difference, seed by seed, to DPO from the same student, on the same pairs
+and prompts; in a sweep at the same point. A note under each table says what its numbers rest on.
 """
 
 import re
@@ -13,7 +12,8 @@ import sys
 from pathlib import Path
 
 from harness.errors import UserError
-from evidence.cells import COMPARED, FAMILIES, Picker, as_row, choices, identity, without_setting
+from evidence.cells import (COMPARED, EXPERIMENTS, FAMILIES, Picker, as_row, choices, identity,
+                            without_setting)
 from evidence.figures import figures
 from evidence.records import (HEADINGS, Parser, built, grouped, holm, known, load, name_of, p_value,
                               plain_name, point)
@@ -238,6 +238,7 @@ def readme(record):
     return comparison({**record, "rows": rows}, ("reward", "vs_dpo", "true_acc", "kl"))
 
 
+PLANNED = (*EXPERIMENTS, "human", "real", "tune_human", "tune_sizes", "tune_epochs")
 PAIRS, FLIPPED = "student's pairs (the teacher's: 3,000)", "share of the student's labels flipped"
 TABLES = {      # mark: what builds it from the record of this name, and its arguments
     "main": (comparison,), "unseen": (comparison, TOY[:2]), "knowledge": (knowledge,),
@@ -286,7 +287,7 @@ def filled(text, texts, where):
 def rebuild(root=ROOT):
     """Rewrite the documents and figures under `root` from the records there."""
     records = load(root / "evidence" / "results")
-    texts, files = tables(records), {}
+    texts, files = {**dict.fromkeys(PLANNED, "*No record yet.*"), **tables(records)}, {}
     for name in DOCS:
         text = (root / name).read_text(encoding="utf-8")
         files[name] = filled(text, texts, name)
