@@ -10,9 +10,9 @@
 The record of an experiment is evidence/results/NAME.json, a row for each cell and seed. It is
 written after every cell, seed by seed, so a stopped run goes on where it was, and what there is can
 be committed. A row that is there is not trained again, even if the code has changed since (it holds
-the digest); delete the record to repeat the experiment. Teachers and starting students are kept in
-the folder work/ beside the records. All of it is on one thread; to use another core, give a second
-command other experiments and another --results, and move its records here.
+the digest); delete the record to repeat the experiment. Models that cells share are kept in work/
+beside the records. All is on one thread; for another core, give a second command other experiments
+and another --results, and move its records here.
 """
 
 import harness      # first: it sets how threads wait, which must happen before torch is imported
@@ -39,6 +39,8 @@ from harness.preferences import load_pairs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ON_FILES = ("human", "real")
+MATTERS = (*controls.TEXTS, "teacher_", "student_", "alpha", "beta", "gamma", "steps", "lr",
+           "samples", "max_new_tokens")             # beginnings of the options that cells read
 
 
 # --------------------------------------------------------------------------------------------------
@@ -82,12 +84,12 @@ def rows_in(path, planned):
     if not path.exists():
         return {}
     record = json.loads(path.read_text(encoding="utf-8"))
-    usual = defaults("data" in dict(planned.cells[0].options))
+    usual = json.loads(json.dumps(defaults("data" in dict(planned.cells[0].options))))
     of_cell = {identity(as_row(cell)): cell for cell in planned.cells}
     rows, then = {}, record["options"]
-    changed = [name for name, x in json.loads(json.dumps(usual)).items() if then.get(name, x) != x
-               and not all(name in dict(cell.options) for cell in planned.cells
-                           if cell.method not in ("teacher", "sft"))]
+    changed = [name for name, x in usual.items() if name.startswith(MATTERS)
+               and then.get(name, x) != x and not all(name in dict(cell.options) for cell in
+                                                      planned.cells if cell.method in STEP)]
     if changed:
         raise UserError(f"{path}: expected rows made with today's defaults, got others of "
                         f"{', '.join(changed)}; move it away to begin anew")
@@ -173,8 +175,7 @@ def picker(choosing, results, plan):
     return Picker([row for of in rows for row in rows[of].values()])
 
 
-def longest(cell, family=None, steps=None):
-    """For a plan before settings are chosen."""
+def longest(cell, family=None, steps=None):         # for a plan before settings are chosen
     return with_options(cell, **({"steps": steps} if steps else {}))
 
 
