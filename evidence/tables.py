@@ -29,7 +29,6 @@ COLUMNS = {"reward": ("true reward", ".2f"), "vs_dpo": ("minus DPO", "+.2f"),
            "facts": ("facts", ".2f"), "manners": ("manners", "+.2f")}
 TOY = ("reward", "vs_dpo", "pref_acc", "true_acc", "kl", "length")
 TEXT = ("pref_acc", "acc_vs_dpo", "kl", "length")
-DIFFERENCES = ("vs_dpo", "acc_vs_dpo")
 DPO, TVKD, SOFT, KD = (name_of(as_row(cell)) for cell in COMPARED)
 UNSEEN = ", pairs unseen by the teacher"
 BETWEEN = (             # what is compared with what: record, teacher, minuend, subtrahend
@@ -71,7 +70,7 @@ def texts_of(numbers):
     Bold: the differences from DPO that survive Holm's correction over all of them.
     """
     tests = {place: p_value(x) for place, x in numbers.items()
-             if place[-1] in DIFFERENCES and len(x) > 1}
+             if place[-1].endswith("vs_dpo") and len(x) > 1}
     kept, texts = holm(tests), {}
     for place, x in numbers.items():
         text = plus_minus(*summary(x), COLUMNS[place[-1]][1])
