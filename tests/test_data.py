@@ -10,7 +10,7 @@ import torch
 
 import data
 from data import Example, Pair, collate, encode, reward, reward_parts
-from harness.errors import UserError
+from harness.errors import UserError, printable
 from harness import tokenizers
 from harness.tokenizers import learn_tokenizer
 
