@@ -37,7 +37,7 @@ def run(argv, experiment, methods, description):
         outcome = Outcome(config, keep, started)
         for keep.seed in range(config.seed, config.seed + config.seeds):
             task = load_task(config, keep.seed, pairs)
-            models = experiment(config, keep.seed, task, device, keep)
+            models = experiment(config.with_steps(task), keep.seed, task, device, keep)
             if is_first():              # one process is enough for the table
                 outcome.add(task, models)
         outcome.finish()
