@@ -26,7 +26,7 @@ class Outcome:
 
     def __init__(self, config, keep, started):
         self.config, self.keep, self.started = config, keep, started
-        self.rows, self.psi, self.tokenizers = [], [], {}
+        self.rows, self.psi, self.models = [], [], {}
 
     def add(self, task, models):
         """Measure, save and show the models of one seed, {label: (model, reference, beta)}."""
@@ -39,7 +39,11 @@ class Outcome:
                           *models["teacher"], *models[row.label], test)
                for row in rows if row.method == "tvkd" and row.value != "given"]
         self.rows, self.psi = self.rows + rows, self.psi + psi
-        self.tokenizers[str(self.keep.seed)] = keep.describe("x", task.tokenizer)["x"]
+        # --ask, --score and --export know by these that the files are still those of the table.
+        kept = {label: model for label, (model, _, _) in models.items()} | {
+            "teacher-sft": models[label][1] for label in models if label == "teacher"}
+        self.models[str(keep.seed)] = {"tokenizer": keep.describe("x", task.tokenizer)["x"]} | {
+            name: keep.describe("x", model)["x.weights"] for name, model in kept.items()}
         if task.tokenizer.name == "learned":
             write(keep.out / f"seed{keep.seed}" / "tokenizer.tiktoken",
                   tokenizer_text(task.tokenizer).encode())
@@ -60,7 +64,7 @@ class Outcome:
         results = {"config": asdict(self.config), "rows": [row.flat() for row in self.rows],
                    "pairs": [pair for shown in self.psi for pair in shown["pairs"]],
                    "scatter": [point for shown in self.psi for point in shown["scatter"]],
-                   "tokenizers": self.tokenizers, "made": made}
+                   "models": self.models, "made": made}
         results = without_nan(results)
         self.keep.log_file.flush()
         log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
