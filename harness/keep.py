@@ -150,10 +150,6 @@ class Keep:
                 value = f(*args, progress=progress)
         else:
             value = f(*args)
-        scores = self.out / "scores.jsonl"
-        if trains and path.exists() and scores.exists() and is_first():
-            scores.unlink()             # of a model that is replaced now
-            self.say(f"{printable(scores)}: removed, because {name} was trained again")
         self.put(path, key, {"log": progress.lines if trains else [], **pack(value)})
         partial.unlink(missing_ok=True)
         agree(True)                 # nobody goes on to read what is not yet written

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-from harness.errors import printable, UserError
+from harness.errors import UserError
 from model import VALUES
 
 TERMINALS = ("zero", "hold", "value")
