@@ -40,7 +40,8 @@ class Outcome:
             self.past = json.loads(path.read_text(encoding="utf-8"))
             was, now = self.past["config"], json.loads(json.dumps(asdict(self.config)))
             self.earlier = list(self.past.get("earlier", []))[-20:]
-            changed = [f"--{name}={was.get(name)}" for name in now if was.get(name) != now[name]]
+            changed = [f"--{name}={was.get(name)}" for name in now
+                       if name != "out" and was.get(name) != now[name]]     # it may have moved
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return
         if changed:
