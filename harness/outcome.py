@@ -33,11 +33,15 @@ class Outcome:
 
     def announce(self):
         """Before the first stage: what this command replaces in --out. Older tables are kept."""
+        path = self.keep.out / "results.json"
+        if not path.is_file():                                  # opening a pipe would hang
+            return
         try:
-            self.past = json.loads((self.keep.out / "results.json").read_text(encoding="utf-8"))
+            self.past = json.loads(path.read_text(encoding="utf-8"))
             was, now = self.past["config"], json.loads(json.dumps(asdict(self.config)))
             self.earlier = list(self.past.get("earlier", []))[-20:]
-            changed = [f"--{name}={was.get(name)}" for name in now if was.get(name) != now[name]]
+            changed = [f"--{name}={was.get(name)}" for name in now
+                       if name != "out" and was.get(name) != now[name]]     # it may have moved
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return
         if changed:
