@@ -9,9 +9,9 @@ from data import UserError, printable
 
 VALUES, TERMINALS = ("implicit", "logits", "given"), ("zero", "hold", "value")
 TERMINAL_OF = {"implicit": "value", "logits": "hold", "given": "value"}         # defaults
-ZERO_ALLOWED = ("seed", "train_pairs", "student_pairs", "micro_batch", "trust_code",
+ZERO_ALLOWED = ("seed", "train_pairs", "student_pairs", "micro_batch", "trust_code", "skip_bad",
                 "teacher_sft_steps", "student_sft_steps", "tokens")
-LARGEST = {"trust_code": 1, "tokens": 1, "seeds": 10 ** 6, "batch_size": 10 ** 6,
+LARGEST = {"trust_code": 1, "tokens": 1, "skip_bad": 1, "seeds": 10 ** 6, "batch_size": 10 ** 6,
            "block_size": 10 ** 6, "vocab_size": 10 ** 6, "max_new_tokens": 10 ** 6,
            "samples": 10 ** 4, "layers": 10 ** 3, "heads": 10 ** 3, "width": 10 ** 5}
 USES_A_RUN = ("ask", "score", "export")         # these train nothing
@@ -34,7 +34,9 @@ class Recipe:
 
 @dataclass
 class Config:
-    data: str = option("", "JSONL file of preference pairs; empty: the toy task", "what to run")
+    data: str = option("", "preference pairs, JSONL or a JSON array, also .gz; empty: the toy task",
+                       "what to run")
+    skip_bad: int = option(0, "1: leave out the rows of --data or --score that are no pair")
     methods: tuple = option(("bc", "kd", "dpo", "tvkd"),
                             "how to train the student, a row of the table each: any of the default")
     out: str = option("out", "folder for results.json, log.jsonl, and the weights of each seed")
@@ -189,10 +191,12 @@ def parse_args(argv, methods, description=None):
         if given.get(name) == "":                       # an unset shell variable, most likely
             parser.error(f"--{name}: expected a value, got an empty one")
     uses = [name for name in USES_A_RUN if name in given]
-    unused = set(given) - {*USES_A_RUN, "out", "seed", "device", "tokens"}
+    unused = set(given) - {*USES_A_RUN, "out", "seed", "device", "tokens", "skip_bad"}
     if unused and uses:
         parser.error(f"--{min(unused)}: expected only --out, --seed, --device and --tokens beside "
                      f"--{uses[0]}")
+    if "skip_bad" in given and not {"data", "score"} & set(given):
+        parser.error("--skip_bad: expected --data or --score beside it")
     if "tokens" in given and not {"ask", "score"} & set(uses):
         parser.error("--tokens: expected --ask or --score beside it")
     for name in sorted(given):
