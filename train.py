@@ -416,7 +416,8 @@ def run(argv):
         for option in ("data", "teacher_init", "student_init"):
             refuse_inside(option, getattr(config, option), config.out)
         # Read once: a file that changes between two seeds must not be mixed.
-        pairs = load_pairs(config.data, "given" in config.value) if config.data else None
+        pairs = (load_pairs(config.data, "given" in config.value, config.skip_bad)
+                 if config.data else None)
         # Beginnings of the names of stages that stay although the code changed.
         trusted = ("teacher-", "student-", "ref-", "values-") if config.trust_code else ()
         keep = Keep(config.out, device, config.intervals(), trusted)

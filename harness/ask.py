@@ -87,7 +87,8 @@ def use_run(config, device):
     if under_torchrun() and os.environ.get("RANK") != "0":
         return
     refuse_inside("score", config.score, config.out)
-    pairs = load_pairs(config.score) if config.score else None      # refused before anything else
+    # Refused before anything else.
+    pairs = load_pairs(config.score, skip_bad=config.skip_bad) if config.score else None
     past, tokenizer, models, origins = load_run(config, device)
     if config.export:
         check_targets(config.export, models)
