@@ -108,7 +108,7 @@ def refuse_others(path):
 
 def refuse_inside(option, path, out):
     """Raise UserError for an input in --out: the run would overwrite it or remove it as stale."""
-    if path and Path(out).resolve() in Path(path).resolve().parents:
+    if path and Path(os.path.realpath(out)) in Path(os.path.realpath(path)).parents:
         raise UserError(f"--{option}: expected a file outside --out={out}, which this command "
                         f"writes to, got {path}")
 
