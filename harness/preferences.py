@@ -38,7 +38,7 @@ USER_TURN = r"\n\nHuman:|<\|im_start\|>user|<\|start_header_id\|>user|\[INST\]"
 UNREADABLE = ("image", "images", "video", "videos", "audio", "audios", "tools", "tool_calls",
               "functions", "function_call", "reasoning_content", "thinking")
 SAME = 'expected "chosen" and "rejected" to differ'
-CHUNK = 2 ** 20             # characters of an array that are read at a time
+BOM, CHUNK = b"\xef\xbb\xbf", 2 ** 20       # characters of an array that are read at a time
 SECONDS, SHOWN = 3, 200     # between two lines of progress; characters that are shown of a text
 
 
@@ -67,7 +67,7 @@ def load_pairs(path, with_values=False, skip_bad=False):
         with open(path, "rb") as file:
             for number, row in enumerate(counted(_rows(file), name, "rows"), 1):
                 try:
-                    if row.strip():                     # else a blank line
+                    if row:                             # else a blank line
                         record = _decode(row)
                         pairs.append(parse_pair(record, with_values))
                         first = first or record
@@ -77,8 +77,8 @@ def load_pairs(path, with_values=False, skip_bad=False):
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         # of the file, of gzip, or of a JSON array
         reason = getattr(error, "strerror", None) or getattr(error, "msg", None) or error
-        raise UserError(f"{name}: expected a readable file"
-                        f"{f' after row {number}' * (number > 0)}, got: {reason}") from None
+        place = f":{number + 1}" if number else ""
+        raise UserError(f"{name}{place}: expected a readable file, got: {reason}") from None
     for error, rows in bad.values():
         some = ", ".join(map(str, rows[:3])) + ", ..." * (len(rows) > 3)
         print(f"  {printable(name)}: {len(rows)} rows ({some}) are no pair: {error}")
@@ -111,11 +111,12 @@ def _rows(file):
     """The texts of the rows of a file: the lines, or the values of a JSON array, read in chunks."""
     if file.peek(2).startswith(b"\x1f\x8b"):
         file = gzip.GzipFile(fileobj=file)
-    head = file.peek(100).lstrip(b"\xef\xbb\xbf \t\r\n")        # a byte-order mark, white space
+    head = file.peek(100).removeprefix(BOM).lstrip()
     if head.startswith(b"version https://git-lfs"):
         raise ValueError("a pointer of Git LFS; `git lfs pull` fetches the file itself")
     if not head.startswith(b"["):
-        yield from file                 # as bytes, lines end at \n and nowhere else
+        for line in file:               # as bytes, lines end at \n and nowhere else
+            yield line.removeprefix(BOM).rstrip()
         return
     file, at = io.TextIOWrapper(file, "utf-8-sig", newline=""), 1
     scan, gap, text = json.JSONDecoder().raw_decode, re.compile(r"\s*,?\s*"), file.read(CHUNK)
@@ -137,7 +138,7 @@ def _rows(file):
 
 def _decode(row):
     try:
-        text = row.decode("utf-8-sig") if isinstance(row, bytes) else row
+        text = row.decode("utf-8") if isinstance(row, bytes) else row
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:       # not UTF-8, not JSON, nested too deeply
         reason = re.sub("(?: at)?: line 1 column", " at column", str(error))
@@ -177,7 +178,7 @@ def parse_pair(record, with_values=False):
             raise UserError(f'expected "{names[2]}" and "{names[3]}" as two strings')
         if isinstance(prompt, str):
             prompt = prompt.removesuffix(ANSWER)
-        pair = _pair(start, _turns("prompt", prompt or [], HUMAN),
+        pair = _pair(start, _turns("prompt", prompt if names[2:] else [], HUMAN),
                      _turns("chosen", chosen, ANSWER), _turns("rejected", rejected, ANSWER))
     for name, text in zip(TEXTS, pair):
         if not text.strip():
@@ -216,7 +217,8 @@ def _turns(name, field, label=""):
     turns = []
     for message in field:
         if name == "history" and isinstance(message, list) and len(message) == 2:
-            turns += _turns(name, message[0], HUMAN) + _turns(name, message[1], ANSWER)
+            turns += _turns(name, [{"role": role, "content": content} for role, content
+                                   in zip(("user", "assistant"), message)])
             continue
         fields = message if isinstance(message, dict) else {}
         role, content = fields.get("role", fields.get("from")), fields.get("content")
