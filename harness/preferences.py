@@ -114,6 +114,9 @@ def _rows(file):
     head = file.peek(100).removeprefix(BOM).lstrip()
     if head.startswith(b"version https://git-lfs"):
         raise ValueError("a pointer of Git LFS; `git lfs pull` fetches the file itself")
+    if re.match(rb"\{\s*\n", head):
+        raise ValueError("an object over several lines; `jq -c '.NAME[]' FILE > pairs.jsonl` makes "
+                         "a line of each pair in its list NAME")
     if not head.startswith(b"["):
         for line in file:               # as bytes, lines end at \n and nowhere else
             yield line.removeprefix(BOM).rstrip()

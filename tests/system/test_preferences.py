@@ -250,6 +250,7 @@ NO_JSON, NO_FILE = ": expected one JSON object in UTF-8, got: ", ": expected a r
     (gzip.compress(GOOD * 9)[:-9], ":10" + NO_FILE),
     (b"\x1f\x8b" + GOOD, NO_FILE + "Unknown compression method"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", NO_FILE + "a pointer of Git"),
+    (b'{\r\n  "data": [\r\n', NO_FILE + "an object over several lines; `jq -c '.NAME[]' FILE"),
     (b"", ": expected at least one preference pair"),
     (b"[ ]", ": expected at least one preference pair"),
     (None, NO_FILE + "No such file or directory")])
