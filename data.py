@@ -21,18 +21,6 @@ import numpy as np
 import torch
 
 
-def printable(text):
-    """Text with U+FFFD for what a terminal would obey: line feeds, ESC, right-to-left overrides."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in str(text))
-
-
-class UserError(ValueError):
-    """A mistake in the user's data or options: one printable line, what was expected and where."""
-
-    def __init__(self, message):
-        super().__init__(printable(message))    # it may quote a file name or a text
-
-
 class Example(NamedTuple):
     prompt: str | list[int]
     response: str | list[int]
@@ -114,7 +102,7 @@ def toy_response(thing, facts, rng):
 
 def one_of(words, rng, but=None):
     words = [word for word in words if word != but]
-    return words[rng.integers(len(words))]          # rng.choice turns them into an array, slowly
+    return words[rng.integers(len(words))]      # rng.choice would make an array first: slow
 
 
 def toy_splits(train, val, test, seed, label_reward=None):
@@ -122,17 +110,12 @@ def toy_splits(train, val, test, seed, label_reward=None):
 
     A pair is two different corpus responses, labelled by Bradley-Terry: the one with the higher
     reward is chosen with probability sigmoid(difference), so about one label in seven is wrong.
-    label_reward, a function like `reward`, labels all pairs in its place. It uses a generator of
-    its own, so the prompts, responses and Examples of a seed are the same with it and without it.
+    label_reward, a function like `reward`, labels all pairs in its place, and changes no text.
     """
     sizes = (len(THINGS), *map(len, FACTS))
-    n_prompts = np.prod(sizes)
-    if train + val + test > n_prompts:
-        raise UserError(f"--train_pairs + --val_pairs + --test_pairs: expected at most {n_prompts} "
-                        f"toy prompts, got {train + val + test}")
     rng, label_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     sft, pairs = [], []
-    for i in rng.choice(n_prompts, train + val + test, replace=False):      # distinct prompts
+    for i in rng.choice(np.prod(sizes), train + val + test, replace=False):      # distinct prompts
         choices = zip((THINGS, *FACTS), np.unravel_index(i, sizes))
         thing, *facts = (words[choice] for words, choice in choices)
         prompt = f"Describe the {thing}: {', '.join(facts)}."
@@ -141,10 +124,10 @@ def toy_splits(train, val, test, seed, label_reward=None):
         first = second = toy_response(thing, facts, rng)
         while second == first:
             second = toy_response(thing, facts, rng)
-        uniform, judge = rng.random(), reward
-        if label_reward is not None:    # after rng's draw, so that none of its later draws moves
-            uniform, judge = label_rng.random(), label_reward
-        first_wins = uniform < 1 / (1 + np.exp(judge(prompt, second) - judge(prompt, first)))
+        # A judge of its own draws from a generator of its own: no draw of the texts moves.
+        uniform, own, judge = rng.random(), label_rng.random(), label_reward or reward
+        gap = judge(prompt, second) - judge(prompt, first)
+        first_wins = (own if label_reward else uniform) < 1 / (1 + np.exp(gap))
         pairs.append(Pair(prompt, first, second) if first_wins else Pair(prompt, second, first))
     return Splits(sft, pairs[:train], pairs[train:train + val], pairs[train + val:])
 
@@ -179,7 +162,7 @@ def encode(items, tokenizer, block_size):
     return fitting, encoded, n_cut
 
 
-def collate(rows):
+def collate(rows, device="cpu"):
     """Rows (prompt ids, response ids) -> tokens (B, T+1), mask (B, T): the example at the top.
 
     The mask comes from lengths, never from ids: EOS may well be the padding id.
@@ -191,7 +174,7 @@ def collate(rows):
     tokens[columns < ends] = [token for prompt, response in rows for token in prompt + response]
     # Action t is tokens[t+1], so the first response token, tokens[p], is action p-1.
     mask = (columns[1:] >= starts) & (columns[1:] < ends)               # (B, T)
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
 
 
 def shuffled_batches(n, batch_size, generator):

@@ -20,7 +20,8 @@ Two choices are left to the caller, because they decide what TVKD does.
 1. The value: `soft_value` reads raw logits, but training never fixes their constant c(s) per state.
    `implicit_value` does not depend on c(s). It is ours, and the default.
 2. The potential of the finished answer: `terminal` in `shaping`. With "zero" and gamma = 1 TVKD is
-   DPO for two answers to one prompt. All that it adds to DPO comes from the other two.
+   DPO for two answers to one prompt. All that it adds to DPO comes from the other two. A true value
+   is 0 there, since no reward is left: what helps is the teacher's reward of the answer.
 
 Symbols. B rows, V tokens in the vocabulary. A row of `tokens` has T+1 ids: prompt, response, EOS,
 padding.
@@ -131,7 +132,8 @@ def soft_value(logits, beta):
 # From log-ratios:   V_phi(s_{p+k}) - V_phi(s_p) = sum_{i<k} beta log pi_phi(a_i|s_i) /
 #                    pi_phi,ref(a_i|s_i), with i counted from the first response action.
 # This is the soft Bellman equation beta log pi*/pi_ref = r + V(s') - V(s), summed over a prefix in
-# which no reward has been paid yet. Ours.
+# which no reward has been paid yet. The last action pays it: at s_end the sum is no value (V is 0
+# there) but the teacher's implicit reward of the answer. Ours.
 
 def implicit_value(teacher_logps, teacher_ref_logps, mask, beta):
     """The teacher's value of every state, relative to the prompt: its log-ratios, added up so far.
@@ -156,9 +158,9 @@ def implicit_value(teacher_logps, teacher_ref_logps, mask, beta):
 #                                       number that depends on the prompt alone would do the same
 #   "hold"   Phi(s_end) = Phi(s_end-1)  the state in which EOS was chosen; for `soft_value`, because
 #                                       the network's output after EOS was never trained
-#   "value"  Phi(s_end) = V_phi(s_end)  the teacher's value of the finished answer stays in the loss
+#   "value"  Phi(s_end) as given        of `implicit_value`: the teacher's reward of the answer
 # With gamma < 1 the plain sum is gamma Phi(s_end) - Phi(s_p) - (1 - gamma) sum_{p<t<end} Phi(s_t).
-# So even "zero" moves the optimum. If Phi has one sign, this is mostly a bias on length.
+# So even "zero" moves the optimum. If Phi has one sign, this tends to be a bias on length.
 
 def shaping(values, mask, gamma=1.0, terminal="value"):
     """psi of every action: values (B, T+1), mask (B, T) -> (B, T), 0 outside the mask.
@@ -197,6 +199,8 @@ def shaping(values, mask, gamma=1.0, terminal="value"):
 #     teacher leaves:  sum r = beta log-ratio + |alpha| sum psi + (prompt only).
 # The label is Bradley-Terry on sum r, which gives L. With u = Phi(s_end) and unlimited labels the
 # optimum is pi_ref exp((r + alpha u)/beta): minus adds what the teacher knows, plus leaves it out.
+# So TVKD is DPO with a tilted reference, pi_ref exp(alpha u/beta): add alpha/beta u to ref_chosen
+# and to ref_rejected, and any DPO loss gives the same numbers and gradients.
 
 def tvkd_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, psi_chosen, psi_rejected,
               beta, alpha):

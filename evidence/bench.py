@@ -575,7 +575,7 @@ def main(argv=None):
                 mark = "MISSED" if missed else "ok" if any(limits) else ""
                 columns = "".join(f"{x:9.3f} {limit or '':8}" for x, limit in zip(values, limits))
                 print(f"{'' if args.quick else mark:7}{key:25}{columns:36}  {what}", flush=True)
-    except data.UserError as error:
+    except UserError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
     if args.json:

@@ -7,7 +7,7 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from data import UserError, printable
+from harness.errors import printable, UserError
 from harness.report import check
 from harness.table import interval
 

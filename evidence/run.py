@@ -33,7 +33,8 @@ from pathlib import Path
 
 import torch
 
-from data import UserError, encode, printable, toy_splits
+from data import encode, toy_splits
+from harness.errors import printable, UserError
 from evidence import controls
 from evidence.cells import (NAMES, as_row, defaults, experiment, identity, picker, real_name,
                             tuning_of, tunings, with_options)

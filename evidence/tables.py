@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from data import UserError
+from harness.errors import UserError
 from evidence.cells import TEACHERS, choices, identity, without_setting
 from evidence.figures import figures
 from evidence.records import (SWEEPS, built, cell, exit_code, grouped, load, mean_text, name_of,

@@ -1,16 +1,29 @@
-"""Everything around the method: options, kept files, processes, preference files, the report.
+"""Everything around the method: options, kept files, threads and processes, files, the report.
 
-Nothing in this folder is part of the method, and nothing in it imports train.py.
+Nothing in this folder imports train.py.
 """
 
 import os
+import signal
 import sys
+
+
+def stop_at_once(*_):
+    os.write(2, b"train.py: stopped\n")
+    os._exit(130)
+
 
 try:
     os.getcwd()                 # a deleted one ends torch's import with a message of its own
 except OSError:
     print("expected a working folder that exists, got one that was deleted", file=sys.stderr)
     raise SystemExit(2) from None
+# Ctrl-C while torch is imported, and while the program ends: one line. Between, it is an exception
+# (harness/outcome.py). Only where train.py is the program, and not where Ctrl-C is ignored.
+IS_PROGRAM = (os.path.basename(sys.argv[0]) == "train.py"
+              and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+if IS_PROGRAM:
+    signal.signal(signal.SIGINT, stop_at_once)
 # OpenMP threads spin while they wait for each other. On a busy machine they spin away the time that
 # the other thread needs. Both variables are read when torch is imported, so they are set first:
 # GOMP_SPINCOUNT by GNU's OpenMP (Linux), KMP_BLOCKTIME, in milliseconds, by LLVM's (macOS).

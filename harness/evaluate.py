@@ -1,7 +1,5 @@
 """The numbers of the table: sampled answers, true reward, accuracy on held-out pairs, KL."""
 
-import math
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,12 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import data
-from harness.numbers import interval, landmarks
-from harness.processes import two_at_once
-from model import (batches, both_responses, rows_logps, action_psi, state_values, device_of,
-                   evaluating)
-
-SHOWN, SCATTER = 6, 200         # held-out pairs on the report page: token by token, and as points
+from harness.numbers import interval
+from harness.sampling import sample
+from harness.steps import two_at_once
+from model import batches, both_responses, device_of, rows_logps
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +24,14 @@ class HeldOut:
     max_new_tokens: int
     batch_size: int
     seed: int
+
+    @classmethod
+    def of(cls, task, split, config, seed):
+        """The split "val" or "test" of a Task. On validation prompts one answer each is enough."""
+        pairs, texts = getattr(task.ids, split), getattr(task.texts, split)
+        samples = config.samples if split == "test" else 1
+        return cls(pairs, texts, task.tokenizer, not config.data, samples, config.max_new_tokens,
+                   config.batch_size, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,29 +59,6 @@ def is_correct(margins):
     return (margins > 0) + 0.5 * (margins == 0)
 
 
-def sample(model, prompts, eos, max_new_tokens, seed):
-    """One response at temperature 1 to each prompt of ids -> ids, with EOS where one ended."""
-    config = model.config
-    # As many rows as have keys and values of 1/2 GiB, for two threads at once; at most 1,024.
-    floats = 2 * config.n_layer * config.block_size * config.n_embd
-    at_once = max(1, min(1024, 2 ** 27 // floats, math.ceil(len(prompts) / 2)))
-    groups = [(start, prompts[start:start + at_once]) for start in range(0, len(prompts), at_once)]
-    answers = two_at_once(answer, groups, device_of(model), model, eos, max_new_tokens, seed)
-    return sum(answers, [])
-
-
-def answer(model, eos, max_new_tokens, seed, group):
-    """`sample` for some of the prompts: group is (the first one's index, prompts)."""
-    start, prompts = group
-    # A generator of its own, so sampling never moves the order of training batches, and threads
-    # that sample at the same time do not take each other's numbers.
-    generator = torch.Generator(device_of(model)).manual_seed(seed + start)
-    responses = model.generate(prompts, max_new_tokens, eos, generator=generator)
-    full = [len(prompt) + len(ids) >= model.config.block_size or len(ids) == max_new_tokens
-            for prompt, ids in zip(prompts, responses)]
-    return [ids if is_full else ids + [eos] for ids, is_full in zip(responses, full)]
-
-
 def spoken(response, tokenizer):
     """Response ids -> text, without EOS."""
     return tokenizer.decode([token for token in response if token != tokenizer.eot_token])
@@ -89,8 +70,7 @@ def policy_kl(model, ref, rows, batch_size):
     rows: the model's own samples.
     """
     device = device_of(model)
-    with evaluating(model):
-        sums = two_at_once(summed_kl, list(batches(rows, batch_size, device)), device, model, ref)
+    sums = two_at_once(summed_kl, list(batches(rows, batch_size, device)), device, model, ref)
     return sum(sums) / len(rows)
 
 
@@ -104,27 +84,27 @@ def summed_kl(model, ref, batch):
     return (policy.exp() * (policy - reference)).sum().item()
 
 
-def cached_margins(model, ref, beta, held_out):
+def held_out_margins(model, ref, beta, held_out):
     """Implicit reward margin of every held-out pair: (pairs,)."""
-    policy = pair_logps(model, held_out.pairs, held_out.batch_size)             # (2, pairs)
+    policy = all_pair_logps(model, held_out.pairs, held_out.batch_size)             # (2, pairs)
     return reward_margins(*policy, *reference_logps(ref, held_out), beta)
 
 
 @lru_cache(maxsize=4)
 def reference_logps(ref, held_out):
     """Log-probs of the held-out responses under a frozen reference, which many models share."""
-    return pair_logps(ref, held_out.pairs, held_out.batch_size)
+    return all_pair_logps(ref, held_out.pairs, held_out.batch_size)
 
 
-def pair_logps(model, pairs, batch_size):
-    """Log-probs of the chosen and the rejected responses, (2, N): two threads take a row each."""
-    rows, device = both_responses(pairs), device_of(model)
+def all_pair_logps(model, pairs, batch_size):
+    """log pi(y|x) of the chosen and the rejected responses, (2, N): two threads take a row each."""
+    rows = both_responses(pairs)
     halves = rows[:len(pairs)], rows[len(pairs):]
-    with evaluating(model):             # around both: the first to end must not switch it off
-        return torch.stack(two_at_once(part_logps, halves, device, model, batch_size))
+    return torch.stack(two_at_once(half_logps, halves, device_of(model), model, batch_size))
 
 
-def part_logps(model, batch_size, rows):
+@torch.no_grad()
+def half_logps(model, batch_size, rows):
     return rows_logps(model, rows, batch_size)
 
 
@@ -136,7 +116,7 @@ def evaluate(model, ref, beta, held_out):
     beta of its implicit reward. The true reward is known on the toy task alone.
     """
     pairs, texts, samples = held_out.pairs, held_out.texts, held_out.samples
-    margins = cached_margins(model, ref, beta, held_out)
+    margins = held_out_margins(model, ref, beta, held_out)
     if not margins.isfinite().all():
         raise FloatingPointError("expected finite log-probs of the held-out pairs; the weights are "
                                  "too large or not finite, try a lower learning rate")
@@ -182,59 +162,3 @@ def fill(rows, measured):
         row.numbers = dict(measured[row.label]["numbers"])
         if dpo is not None and row.label != "dpo":
             row.numbers |= against_dpo(measured[row.label]["reward"], dpo)
-
-
-def psi_of_pairs(kind, terminal, gamma, teacher, teacher_ref, teacher_beta, student, student_ref,
-                 beta, held_out):
-    """What the report shows of one TVKD row -> {"pairs": token by token, "scatter": landmarks}.
-
-    The layout is harness.report.RESULTS. kind, terminal, gamma: of psi; student: trained with it.
-    """
-    pairs, texts = held_out.pairs[:SCATTER], held_out.texts[:SCATTER]
-    rows, batch_size = both_responses(pairs), held_out.batch_size
-    values = state_values(kind, teacher, teacher_ref, rows, teacher_beta, batch_size)
-    margins = cached_margins(student, student_ref, beta, held_out)[:SCATTER].tolist()
-    psi = action_psi(values, rows, gamma, terminal)
-    shown, scatter = [], []
-    for i, (text, margin) in enumerate(zip(texts, margins)):
-        entry = {"seed": held_out.seed, "value": kind, "margin": margin}
-        scatter.append(dict(entry))
-        if i < SHOWN:
-            shown.append({**entry, "prompt": text.prompt, "terminal": terminal})
-        for name, j in (("chosen", i), ("rejected", i + len(pairs))):
-            first = len(rows[j].prompt) - 1                             # s_p
-            end = first + len(rows[j].response)                         # s_end
-            states = values[j][first:end + 1].tolist()
-            scatter[i][name] = landmarks(states)
-            if i < SHOWN:
-                tokens = [held_out.tokenizer.decode([token]) for token in rows[j].response]
-                shown[i][name] = {"tokens": tokens, "psi": psi[j][first:end].tolist(),
-                                  "values": states}
-                if held_out.toy:
-                    response = getattr(text, name)
-                    shown[i][name]["reward"] = data.reward(text.prompt, response)
-                    shown[i][name]["kinds"] = token_kinds(text.prompt, response, tokens)
-        if held_out.toy:
-            scatter[i]["reward_gap"] = (data.reward(text.prompt, text.chosen)
-                                        - data.reward(text.prompt, text.rejected))
-    return {"pairs": shown, "scatter": scatter}
-
-
-def token_kinds(prompt, response, tokens):
-    """Of each token of a toy response: "right" or "wrong" fact or thing, "polite", "rude", or "".
-
-    tokens: the response as text, token by token, EOS last.
-    """
-    asked, at, kinds = re.findall("[a-z]+", prompt.lower()), 0, []
-    sentences = [(kind, response.find(sentence), sentence) for kind, group in (
-        ("polite", data.POLITE_OPENINGS + data.POLITE_CLOSINGS),
-        ("rude", data.RUDE_OPENINGS + data.RUDE_CLOSINGS)) for sentence in group]
-    for token in tokens[:-1]:
-        middle, word = at + len(token) / 2, token.strip().lower()
-        at += len(token)
-        manners = [kind for kind, start, sentence in sentences
-                   if start >= 0 and start <= middle <= start + len(sentence)]
-        fact = word in data.ALL_FACTS or word in data.THINGS
-        kinds.append(manners[0] if manners else
-                     ("right" if word in asked else "wrong") if fact else "")
-    return [*kinds, ""]

@@ -10,12 +10,14 @@ from shutil import get_terminal_size
 
 import torch
 
-from data import UserError, printable
+from harness.errors import CheckFailed, printable, UserError
 from harness.ask import show_answers
-from harness.keep import digest_of_tokenizer, write
-from harness.processes import is_first
+from harness.evaluate import HeldOut, fill, measure
+from harness.files import write
+from harness.psi import psi_of_pairs
+from harness.steps import is_first
 from harness.report import write_report
-from harness.table import show_psi, table
+from harness.table import Row, show_psi, table
 from harness.tokenizers import tokenizer_text
 
 
@@ -26,17 +28,25 @@ class Outcome:
         self.config, self.keep, self.started = config, keep, started
         self.rows, self.psi, self.tokenizers = [], [], {}
 
-    def add(self, task, rows, models, psi):
-        """Save and show one seed: what train.experiment returned of the Task."""
-        if not is_first():
-            return
+    def add(self, task, models):
+        """Measure, save and show the models of one seed, {label: (model, reference, beta)}."""
+        config, keep = self.config, self.keep
+        test = HeldOut.of(task, "test", config, keep.seed)
+        rows = [Row.of(label, keep.seed) for label in models]
+        fill(rows, {label: keep.alone(f"{label}.row", measure, *model, test)
+                    for label, model in models.items()})
+        psi = [keep.alone(f"{row.label}.psi", psi_of_pairs, row.value, row.terminal, config.gamma,
+                          *models["teacher"], *models[row.label], test)
+               for row in rows if row.method == "tvkd" and row.value != "given"]
         self.rows, self.psi = self.rows + rows, self.psi + psi
-        self.tokenizers[str(self.keep.seed)] = digest_of_tokenizer(task.tokenizer)
+        self.tokenizers[str(self.keep.seed)] = keep.describe("x", task.tokenizer)["x"]
         if task.tokenizer.name == "learned":
-            write(self.keep.folder / "tokenizer.tiktoken", tokenizer_text(task.tokenizer).encode())
+            write(keep.out / f"seed{keep.seed}" / "tokenizer.tiktoken",
+                  tokenizer_text(task.tokenizer).encode())
         self.save()
         texts, ids = ([pair.prompt for pair in split.test[:2]] for split in task[:2])
-        show_answers(texts, ids, models, task.tokenizer, self.config, self.keep.seed)
+        answering = {label: model for label, (model, _, _) in models.items()}
+        show_answers(texts, ids, answering, task.tokenizer, self.config, self.keep.seed)
         colour = bool(sys.stdout) and sys.stdout.isatty() and "NO_COLOR" not in os.environ
         for shown in psi:                                   # the first held-out pair, each value
             show_psi(shown["pairs"][0], colour=colour, width=get_terminal_size().columns)
@@ -45,7 +55,7 @@ class Outcome:
     def save(self):
         out = self.keep.out
         made = {"torch": torch.__version__, "device": str(self.keep.device),
-                "threads": torch.get_num_threads(), "code": self.keep.common["the code"],
+                "threads": torch.get_num_threads(),
                 "seconds": round(time.perf_counter() - self.started, 1)}
         results = {"config": asdict(self.config), "rows": [row.flat() for row in self.rows],
                    "pairs": [pair for shown in self.psi for pair in shown["pairs"]],
@@ -63,6 +73,7 @@ class Outcome:
         write(out / "results.json", f"{text}\n".encode())
 
     def finish(self):
+        self.keep.close()
         if not is_first():
             return
         if self.config.seeds > 1:
@@ -90,14 +101,14 @@ def expect_working_folder():
         raise UserError("expected a working folder that exists, got one that was deleted") from None
 
 
-def exit_code(run, argv):
-    """run(argv) -> 0, or a line on stderr and an exit code: 2 the user's mistake, 130 Ctrl-C."""
+def exit_code(run, *args):
+    """run(*args) -> 0, or a line on stderr and an exit code: 2 the user's mistake, 130 Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")    # no sampled character may end a finished run
     try:
         expect_working_folder()
-        run(argv)
+        run(*args)
         return 0
     except UserError as error:
         status, message = 2, str(error)
@@ -112,12 +123,14 @@ def exit_code(run, argv):
         status, message = 2, "expected models and batches that fit in memory; try smaller ones"
     except OSError as error:
         status, message = 2, f"expected files that can be read and written: {error}"
+    except CheckFailed as error:
+        status, message = 1, str(error)
     except RuntimeError as error:
         status, message = 1, str(error).partition("\n")[0]
         if "memory" in message:
             status = 2
             message = f"expected models and batches that fit in memory, try smaller ones: {message}"
-        elif "step 0 check" not in message:
+        else:
             raise
     if sys.stderr:
         print(f"train.py: {printable(message)}", file=sys.stderr)

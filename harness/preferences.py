@@ -16,7 +16,8 @@ from collections import Counter
 
 import numpy as np
 
-from data import Example, Pair, Splits, UserError, printable
+from data import Example, Pair, Splits
+from harness.errors import printable, UserError
 
 LAYOUTS = (     # fields of the chosen and the rejected response, then of the prompt, joined
     ("chosen", "rejected", "prompt"),                                   # TRL, UltraFeedback
@@ -59,7 +60,7 @@ def load_pairs(path, with_values=False, skip_bad=False):
     Rows that are no pair in one of the layouts, or have no values where with_values asks for them,
     are printed by kind. UserError is raised for the first, unless skip_bad or all are of kind SAME.
     """
-    name, number, pairs, bad, first = f"{path!s:.300}", 0, [], {}, None
+    name, number, pairs, bad, first = str(path), 0, [], {}, None
     try:
         # Opening a pipe that nobody writes to would wait forever.
         if os.path.exists(path) and not os.path.isfile(path):

@@ -1,6 +1,6 @@
 """What a stage of training reports while it runs: log, validation, checkpoints, Ctrl-C.
 
-`fit` in train.py calls `go_on_from`, then `after` once a step. None of it changes what is trained.
+`fit` in train.py calls `begin` once and `after` in every step. None of it changes what is trained.
 """
 
 import json
@@ -10,74 +10,83 @@ import sys
 import time
 from contextlib import contextmanager
 
-from harness.processes import in_all, is_first
+from harness.steps import in_all, is_first
 
 
 class Progress:
-    """The default only prints. harness/keep.py hands out one that writes the log and checkpoints.
+    """The default prints. The one that harness/keep.py hands out writes log and checkpoints, too.
 
-    partial: a harness.keep.Partial, where a checkpoint goes every `save_interval` seconds and at
-    Ctrl-C; log: a function that takes one line of log.jsonl.
+    load() -> a checkpoint or None, save(checkpoint): where one goes every `save_interval` seconds
+    and at Ctrl-C; log: takes a line of log.jsonl; pressed: fills at Ctrl-C.
     """
 
-    def __init__(self, stage="", seed=0, log_interval=20, eval_interval=20, save_interval=30.0,
-                 partial=None, log=None):
-        self.stage, self.seed, self.partial, self.log = stage, seed, partial, log
-        self.log_interval, self.eval_interval = log_interval, eval_interval
-        self.save_interval = save_interval
+    def __init__(self, stage="", seed=0, save_interval=30.0, load=None, save=None, log=None,
+                 pressed=()):
+        self.stage, self.seed, self.save_interval = stage, seed, save_interval
+        self.load, self.save, self.log, self.pressed = load, save, log, pressed
         self.lines, self.first_step, self.tokens, self.seconds = [], 1, 0, 0.0
         self.resumed = self.saved = time.perf_counter()
 
-    def go_on_from(self, model, optimizer):
-        """Load the checkpoint of an interrupted stage -> the steps it has behind it, or 0."""
-        state = self.partial and self.partial.load()
+    def begin(self, model, optimizer, recipe, validate):
+        """Before the first step -> how many steps an interrupted stage has behind it.
+
+        recipe: steps, log_interval, eval_interval; validate(model) -> metrics, or None.
+        """
+        self.model, self.optimizer, self.recipe, self.validate = model, optimizer, recipe, validate
+        state = self.load and self.load()
         if not state:
             return 0
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        print(f"  {self.stage}: going on from step {state['step']}")
+        print(f"  {self.stage}: resumed at step {state['step']}")
         for line in state["log"]:
             self.write(line)
         self.first_step = state["step"] + 1
         return state["step"]
+
+    def check_finite(self, step, total, norm):
+        """Raise before the step is taken, so that no checkpoint contains what is not finite."""
+        mean = total["loss"] / total["n"]
+        if not math.isfinite(mean + norm):
+            hint = f"a lower learning rate than {self.recipe.lr:g}" if step > 1 else \
+                "another start: its weights, or the teacher's values, are not finite or too large"
+            raise FloatingPointError(f"{self.stage}: loss {mean}, gradient norm {norm} at step "
+                                     f"{step}; expected finite numbers, try {hint}")
 
     def write(self, line):
         self.lines.append(line)
         if self.log:
             self.log(line)
 
-    def after(self, step, steps, total, model, optimizer, validate, interrupted):
-        """One step is done. total: the sums of the loss over its batch, "n" and "tokens" too.
-
-        validate(model) -> metrics, or None. interrupted: a list that Ctrl-C fills.
-        """
+    def after(self, step, total):
+        """One step is done. total: the sums of the loss over its batch, "n" and "tokens" too."""
+        recipe, steps = self.recipe, self.recipe.steps
         self.tokens += total["tokens"]
-        validate_now = (validate is not None and is_first()             # one process is enough
-                        and (step == steps or step % self.eval_interval == 0))
-        if validate_now or step in (1, steps) or step % self.log_interval == 0:
+        validate_now = (self.validate is not None and is_first()        # one process is enough
+                        and (step == steps or step % recipe.eval_interval == 0))
+        if validate_now or step in (1, steps) or step % recipe.log_interval == 0:
             self.seconds += time.perf_counter() - self.resumed      # training without validation
             metrics = {name: x / total["n"] for name, x in total.items()
                        if name not in ("n", "tokens")}
-            metrics |= self.validation(validate, model, step) if validate_now else {}
+            metrics |= self.validation(step) if validate_now else {}
             line = {"seed": self.seed, "stage": self.stage, "step": step, **metrics}
             self.write(json.dumps(line))
             self.show(step, steps, metrics)
             self.resumed = time.perf_counter()
-        if self.partial:
-            # If any process got Ctrl-C, all of them stop.
-            stop = not in_all(not interrupted)
+        if self.save:
+            stop = not in_all(not self.pressed)         # Ctrl-C in one process stops all of them
             due = time.perf_counter() - self.saved >= self.save_interval
             if stop or due and step < steps:
-                self.partial.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                   "step": step, "log": self.lines})
+                self.save({"model": self.model.state_dict(), "step": step, "log": self.lines,
+                           "optimizer": self.optimizer.state_dict()})
                 self.saved = time.perf_counter()
             if stop:
                 raise KeyboardInterrupt
 
-    def validation(self, validate, model, step):
+    def validation(self, step):
         """validate(model), where it is finite. A kept result would only fail in a later stage."""
         try:
-            metrics = validate(model)
+            metrics = self.validate(self.model)
             for name, x in metrics.items():
                 if x is not None and not math.isfinite(x):
                     raise FloatingPointError(f"{name} {x}; expected finite numbers, try a lower "
@@ -97,10 +106,10 @@ class Progress:
 
 
 @contextmanager
-def ctrl_c_held(active=True):
+def ctrl_c_held():
     """Inside the block the first Ctrl-C only fills the yielded list; a second one interrupts.
 
-    So the caller can finish a step and save it. active=False: Ctrl-C interrupts as usual.
+    So the caller can finish a step and save it. A process that ignores Ctrl-C keeps ignoring it.
     """
     pressed = []
 
@@ -110,9 +119,10 @@ def ctrl_c_held(active=True):
         pressed.append(True)
         print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
-    before = signal.signal(signal.SIGINT, press) if active else None
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, press)
     try:
         yield pressed
     finally:
-        if active:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)

@@ -31,6 +31,13 @@ class Row:
         """The row's name in the table: "dpo", "tvkd implicit/value"."""
         return f"{self.method} {self.value}/{self.terminal}" if self.value else self.method
 
+    @classmethod
+    def of(cls, label, seed):
+        """The row with this label, still without numbers."""
+        method, _, kind = label.partition(" ")
+        value, _, terminal = kind.partition("/")
+        return cls(method, value or None, terminal or None, seed)
+
     def flat(self):
         """One flat dict, as it stands in results.json."""
         return {"method": self.method, "value": self.value, "terminal": self.terminal,
@@ -45,7 +52,7 @@ class Row:
 
 
 def printable(text):
-    """data.printable again, since this file needs only the standard library."""
+    """printable again, since this file needs only the standard library."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 

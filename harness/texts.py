@@ -1,9 +1,10 @@
 """From the options to the texts and ids of one seed."""
 
+import math
 from typing import NamedTuple
 
 import data
-from data import UserError
+from harness.errors import UserError, printable
 from harness.preferences import counted, split_pairs
 from harness.tokenizers import learn_tokenizer, named_tokenizer
 
@@ -21,13 +22,17 @@ def load_task(config, seed, pairs=None):
     """
     sizes, lines = (config.train_pairs, config.val_pairs, config.test_pairs), [f"seed {seed}"]
     if pairs is None:
+        prompts = len(data.THINGS) * math.prod(map(len, data.FACTS))
+        if sum(sizes) > prompts:
+            raise UserError(f"--train_pairs + --val_pairs + --test_pairs: expected at most "
+                            f"{prompts} toy prompts, got {sum(sizes)}")
         texts = data.toy_splits(*sizes, seed)
     else:
         texts, once = split_pairs(pairs, *sizes, seed), {pair[:3] for pair in pairs}
         unused, repeated = len(pairs) - sum(map(len, texts[1:])), len(pairs) - len(once)
         contradicted = sum((prompt, rejected, chosen) in once for prompt, chosen, rejected in once)
         if unused or repeated or contradicted:
-            lines.append(f"  {data.printable(config.data)}: {len(pairs)} pairs; {unused} left out "
+            lines.append(f"  {printable(config.data)}: {len(pairs)} pairs; {unused} left out "
                          f"by --train_pairs; kept: {repeated} that repeat another, {contradicted} "
                          "that another contradicts")
     tokenizer = (named_tokenizer(config.tokenizer) if config.tokenizer else

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data import UserError
+from harness.errors import UserError
 from harness.preferences import counted
 
 END_OF_TEXT = "<|endoftext|>"       # the name of the EOS id; in a text these characters stay text

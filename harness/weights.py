@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import UserError
-from harness.keep import load_safely, write
+from harness.errors import UserError
+from harness.files import load_safely, write
 from harness.tokenizers import tokenizer_text
 from model import GPT, GPTConfig
 

@@ -9,7 +9,8 @@ import tiktoken
 import torch
 
 import data
-from data import Example, Pair, UserError, collate, encode, reward, reward_parts
+from data import Example, Pair, collate, encode, reward, reward_parts
+from harness.errors import UserError
 from harness import tokenizers
 from harness.tokenizers import learn_tokenizer
 
@@ -306,5 +307,5 @@ def test_epochs():
 def test_nothing_reaches_the_terminal_but_text(character):
     """Line feed, bell, ESC, C1 (0x9b alone starts a colour), right-to-left override, half of a
     surrogate pair: one sign each, in texts and in every error."""
-    assert data.printable(f"é {character}[31m日本") == "é \ufffd[31m日本"
+    assert printable(f"é {character}[31m日本") == "é \ufffd[31m日本"
     assert str(UserError(f"a{character}.jsonl:1: expected")) == "a\ufffd.jsonl:1: expected"

@@ -1,19 +1,14 @@
-"""docs/theory.md: every statement that names a test, and where each method's optimum lies.
+"""docs/theory.md: what its statements name as tests, and the page itself.
 
-Most tests share one tree of two steps, with uniform pi_ref and beta 1 unless they say otherwise,
-and one teacher. The weights are chosen so that sums, means and differences of r and u stay clean:
-
-    responses              aa  ab  ba  bb
-    exp(r), the labels'     3   1   5   3      exp(r + u)       9   4   25  36     squares
-    exp(u), the teacher's   3   4   5  12      exp(r - u)       1  1/4  1   1/4
-
-u is the teacher's value of the finished answer. Every label is drawn by Bradley-Terry on r, all
-pairs are compared, and a tabular student (toy_mdp.fit) minimises the exact expected loss: that is
-what "unlimited data" means in the docs.
+Most tests share a tree of two steps with answers aa, ab, ba, bb, a uniform pi_ref and beta 1. There
+exp(r) = 3, 1, 5, 3 is what the labels know, exp(u) = 3, 4, 5, 12 the teacher's reward. "Unlimited
+data": all pairs are compared, labels come from Bradley-Terry on r, and a tabular student
+(toy_mdp.fit) minimises the exact expected loss. For TVKD see test_shaping_invariance.py.
 """
 
 import ast
 import functools
+import itertools
 import math
 import re
 from pathlib import Path
@@ -34,65 +29,54 @@ def logs(*weights):
     return torch.tensor(weights, dtype=torch.double).log()
 
 
+def rewarded(tree, rewards):
+    """A reward paid by the last action, from one number per response."""
+    return tree.at_the_end(dict(zip(tree.responses, rewards.tolist())))
+
+
 TREE, TWO, THREE = Tree("ab", 2), Tree("ab", 1), Tree("abc", 1)
 R, U = logs(3, 1, 5, 3), logs(3, 4, 5, 12)
+MASK = torch.ones(4, 2).bool()
+TEACHER_REF = {"a": 1/2, "b": 1/2, "aa": 2/3, "ab": 1/3, "ba": 3/5, "bb": 2/5}
+TEACHER_VALUE, _, TEACHER = TREE.solve(TEACHER_REF, rewarded(TREE, U))      # optimal for u
 
 
-def response_logps(tree, logits):
-    mask = torch.ones(len(tree.responses), tree.depth).bool()
-    return sequence_logps(token_logps(logits, tree.tokens()), mask)
+def pair_indices(n):
+    """w, l of every ordered pair of n responses."""
+    return torch.tensor(list(itertools.permutations(range(n), 2))).T
 
 
-def pair_indices(tree):
-    """Every ordered pair of responses: w, l."""
-    n = len(tree.responses)
-    return torch.tensor([(i, j) for i in range(n) for j in range(n) if i != j]).T
-
-
-def differences(scores, tree=TREE):
-    w, l = pair_indices(tree)
+def differences(scores):
+    w, l = pair_indices(len(scores))
     return scores[w] - scores[l]
 
 
-def expected_dpo(tree, preferred, logits, beta=1.0):
-    """The DPO loss if w wins against l with probability `preferred`, one number per ordered
-    pair."""
-    (w, l), logps = pair_indices(tree), response_logps(tree, logits)
-    ref = torch.full_like(logps, -ln(len(logps)))
-    return (preferred * dpo_loss(logps[w], logps[l], ref[w], ref[l], beta)).sum()
+def expected_loss(tree, preferred, logits, psi=None, beta=1.0):
+    """The DPO loss, or with summed psi the TVKD loss, if w wins with probability `preferred`."""
+    mask = torch.ones(len(tree.responses), tree.depth).bool()
+    logps = sequence_logps(token_logps(logits, tree.tokens()), mask)
+    (w, l), ref = pair_indices(len(logps)), torch.full_like(logps, -ln(len(logps)))
+    sums = logps[w], logps[l], ref[w], ref[l]
+    if psi is None:
+        return (preferred * dpo_loss(*sums, beta)).sum()
+    return (preferred * tvkd_loss(*sums, psi[w], psi[l], beta, 1.0)).sum()
 
 
-def expected_tvkd(tree, preferred, psi, alpha, beta, logits):
-    """The same for TVKD; psi is summed over each response."""
-    (w, l), logps = pair_indices(tree), response_logps(tree, logits)
-    ref = torch.full_like(logps, -ln(len(logps)))
-    losses = tvkd_loss(logps[w], logps[l], ref[w], ref[l], psi[w], psi[l], beta, alpha)
-    return (preferred * losses).sum()
-
-
-def optimum_of(tree, loss, *args, **options):
+def optimum_of(tree, preferred, **options):
     """log pi of the responses where the loss is smallest."""
-    probs = tree.response_probs(fit(tree, functools.partial(loss, tree, *args, **options)))
-    return torch.tensor([probs[y] for y in tree.responses], dtype=torch.double).log()
+    policy = fit(tree, functools.partial(expected_loss, tree, preferred, **options))
+    return logs(*tree.response_probs(policy).values())
 
 
 def assert_proportional(logps, weights):
     close(logps.exp(), [weight / sum(weights) for weight in weights], 1e-7)
 
 
-def solved(reward, beta=1.0):
-    """log pi* of the responses for a reward paid at the end, by the exact solver."""
-    at_the_end = TREE.at_the_end(dict(zip(TREE.responses, reward.tolist())))
-    probs = TREE.response_probs(TREE.solve(TREE.uniform(), at_the_end, beta)[2])
-    return logs(*probs.values())
-
-
-def summed_psi(end, gamma=1.0, terminal="value", first=(1.5, -2.5)):
-    """Summed psi of aa, ab, ba, bb: 0.5 at the prompt, `first` after the first action, then
-    `end`."""
-    before = torch.tensor([[0.5, first[0]]] * 2 + [[0.5, first[1]]] * 2, dtype=torch.double)
-    values = torch.cat([before, end.unsqueeze(-1)], -1)
-    return shaping(values, torch.ones(4, 2).bool(), gamma, terminal).sum(-1)
+def loss_and_gradient(loss, policy, ref, *options):
+    """policy, ref (2, B): chosen, rejected. The loss of each pair, its gradient by `policy`."""
+    policy = policy.clone().requires_grad_()
+    losses = loss(*policy, *ref, *options)
+    return losses.detach(), torch.autograd.grad(losses.sum(), policy)[0]
 
 
 # --- the Bellman equation and the two values ------------------------------------------------------
@@ -112,116 +96,144 @@ def test_log_ratio_is_reward_minus_the_value_of_the_prompt():
 
 
 def test_implicit_value_of_any_teacher_is_the_value_of_its_own_implicit_reward():
-    """A teacher and a reference with nothing in common and no training. Its implicit reward
-    beta log pi/pi_ref of a whole response, paid at the end, has V*("") = 0, V* = implicit_value at
-    every state, and pi* = the teacher. At a: ln[(2/3) / (1/4)] = ln(8/3) with beta 1."""
-    teacher = {"a": 2/3, "b": 1/3, "aa": 1/5, "ab": 4/5, "ba": 1/2, "bb": 1/2}
-    ref = {"a": 1/4, "b": 3/4, "aa": 1/3, "ab": 2/3, "ba": 1/8, "bb": 7/8}
-    teacher_logps, ref_logps = (token_logps(TREE.logits(x), TREE.tokens()) for x in (teacher, ref))
-    values = implicit_value(teacher_logps, ref_logps, torch.ones(4, 2).bool(), 1.0)
-    close(values[0, 1], ln(8 / 3))
-    own_reward = TREE.at_the_end(dict(zip(TREE.responses, values[:, 2].tolist())))
-    solution, _, policy = TREE.solve(ref, own_reward)
-    assert solution[""] == pytest.approx(0)
+    """Teacher and reference drawn at random, beta 0.7, three actions, three steps. For the
+    teacher's log-ratio of the whole answer as reward: the teacher is optimal, V*(s_p) = 0, and
+    implicit_value is V* at every state before the end. At the end V* is 0 and implicit_value is
+    the reward: a sum of what was paid, not a value."""
+    tree, generator = Tree("abc", 3), torch.Generator().manual_seed(0)
+    states = [s for s in tree.states if len(s) < 3]
+    teacher, ref = ({s + a: p for s in states for a, p in zip("abc", torch.randn(
+        3, generator=generator, dtype=torch.double).softmax(-1).tolist())} for _ in range(2))
+    logps = [token_logps(tree.logits(policy), tree.tokens()) for policy in (teacher, ref)]
+    values = implicit_value(*logps, torch.ones(27, 3).bool(), 0.7)
+    solution, _, policy = tree.solve(ref, rewarded(tree, values[:, -1]), 0.7)
     assert policy == pytest.approx(teacher)
-    close(values[:, 1], [solution[y[0]] for y in TREE.responses])
+    gap = values - tree.along(solution)
+    close(gap[:, :-1], torch.zeros(27, 3), 1e-12)
+    close(gap[:, -1], 0.7 * (logps[0] - logps[1]).sum(-1), 1e-12)
+    assert gap[:, -1].abs().max() > 1
 
 
-@pytest.mark.parametrize("beta, weights", [(1, (3, 1, 5, 3)), (0.5, (9, 1, 25, 9))])
-def test_dpo_ends_at_the_exact_optimum(beta, weights):
-    """pi_ref exp(r / beta): the weights of r, squared for beta 1/2."""
-    assert_proportional(solved(R, beta), weights)
-    best = optimum_of(TREE, expected_dpo, differences(R).sigmoid(), beta=beta)
-    assert_proportional(best, weights)
+@pytest.mark.parametrize("scores, beta, weights", [
+    (R, 1, (3, 1, 5, 3)), (R, 0.5, (9, 1, 25, 9)), (U, 1, (3, 4, 5, 12))])
+def test_dpo_ends_at_the_exact_optimum_of_what_the_labels_say(scores, beta, weights):
+    """pi_ref exp(r / beta): the weights of r, squared for beta 1/2. With the teacher's soft labels
+    sigmoid(du) it is exp(u), and r is nowhere in it."""
+    assert_proportional(optimum_of(TREE, differences(scores).sigmoid(), beta=beta), weights)
+
+
+# --- what a true value adds, and how a student gets to an optimum ---------------------------------
+
+def test_with_a_true_value_tvkd_is_dpo():
+    """Chosen bb, rejected aa, both at the reference, beta 1, alpha 1, terminal "value". With V* of
+    a teacher that is optimal for u, V*(end) = 0 and the loss is DPO's: ln 2, weight 1/2. With its
+    implicit value dpsi = du = ln 12 - ln 3 = ln 4: loss -ln sigmoid(-ln 4) = ln 5, weight 4/5."""
+    logps = [token_logps(TREE.logits(policy), TREE.tokens()) for policy in (TEACHER, TEACHER_REF)]
+    true, implicit = TREE.along(TEACHER_VALUE), implicit_value(*logps, MASK, 1.0)
+    close(implicit[:, :2], (true - true[:, :1])[:, :2])                 # the same before the end
+    for values, loss, weight in ((true, ln(2), 1 / 2), (implicit, ln(5), 4 / 5)):
+        psi = shaping(values, MASK, 1.0, "value").sum(-1)
+        zero = torch.zeros(2, 1).double()
+        got = loss_and_gradient(tvkd_loss, zero, zero, psi[3:], psi[:1], 1.0, 1.0)
+        close(got[0], [loss])
+        close(got[1], [[-weight], [weight]])
+
+
+@pytest.mark.parametrize("compared, flat", [((0, 1, 2, 3), 1), ((0, 1, 3), 2)])
+def test_the_loss_is_convex_with_its_minimum_at_the_optimum(compared, flat):
+    """Five answers, random r and u; answer i meets i + 1. At log-ratios (r + alpha u) / beta the
+    gradient is 0. Elsewhere the Hessian has one eigenvalue 0, a constant of the prompt, and none
+    below. Without the pair 2, 3 two groups of answers may shift: a second direction is flat."""
+    r, u, elsewhere = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).double()
+    first = torch.tensor(compared)
+    w, l = torch.cat([first, first + 1]), torch.cat([first + 1, first])
+    loss = functools.partial(loss_of_log_ratios, (r[w] - r[l]).sigmoid(), w, l, u)
+    close(torch.autograd.functional.jacobian(loss, (r + 0.6 * u) / 0.3), torch.zeros(5), 1e-12)
+    eigenvalues = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, elsewhere))
+    close(eigenvalues[:flat], torch.zeros(flat), 1e-12)
+    assert eigenvalues[flat] > 1e-4
+
+
+def loss_of_log_ratios(labels, w, l, u, ratios):
+    zero = torch.zeros(len(w))
+    return (labels * tvkd_loss(ratios[w], ratios[l], zero, zero, u[w], u[l], 0.3, 0.6)).sum()
 
 
 # --- gamma below 1 --------------------------------------------------------------------------------
 
-def test_plain_sum_below_one_keeps_the_potentials_on_the_way():
-    """Potentials (2, 5, 3), value 4 at the end, gamma 0.9: gamma Phi(end) - Phi(s_p) - 0.1 (5 + 3)
-    is 3.6 - 2 - 0.8 = 0.8 with "value" and 0 - 2 - 0.8 = -2.8 with "zero"."""
-    values, mask = torch.tensor([[2.0, 5, 3, 4]]).double(), torch.ones(1, 3).bool()
-    close(shaping(values, mask, 0.9, "value").sum(), 0.8)
-    close(shaping(values, mask, 0.9, "zero").sum(), -2.8)
-
-
-def test_gamma_is_a_length_bias_for_potentials_of_one_sign_only():
-    """gamma 1/2, "zero". Phi = 1 throughout: three tokens -1 - (1+1)/2 = -2, one token -1, so
-    length costs. Phi = (1, 1, -1): -1 - (1-1)/2 = -1, as much as one token. Phi = -1 throughout:
-    length pays, 1 + (1+1)/2 = 2 against 1."""
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
-    for three, sums in (((1, 1, 1), (-2, -1)), ((1, 1, -1), (-1, -1)), ((-1, -1, -1), (2, 1))):
-        values = torch.tensor([[*three, 0], [three[0], 0, 0, 0]]).double()
-        close(shaping(values, mask, 0.5, "zero").sum(-1), list(sums))
-
-
-@pytest.mark.parametrize("alpha, weights", [(1, (3, 1, 10, 6)), (-1, (6, 2, 5, 3))])
-def test_gamma_below_one_moves_the_optimum_even_with_zero(alpha, weights):
-    """gamma 1/2, terminal "zero", Phi(a) = ln 4, Phi(b) = 0: sum psi is -ln(4)/2 = -ln 2 through a,
-    up to the prompt's. Minus halves aa and ab, 3/2 : 1/2 : 5 : 3; plus doubles them."""
-    psi = summed_psi(U, 0.5, "zero", first=(ln(4), 0.0))
-    preferred = differences(R).sigmoid()
-    assert_proportional(optimum_of(TREE, expected_tvkd, preferred, psi, alpha, 1.0), weights)
-
-
-# --- the two readings of the sign -----------------------------------------------------------------
-
-@pytest.mark.parametrize("alpha, beta, weights", [
-    (0, 1, (3, 1, 5, 3)),               # dpo: exp(r)
-    (1, 1, (9, 4, 25, 36)),             # minus: exp(r + u)
-    (1, 2, (3, 2, 5, 6)),               # minus at beta (1 + alpha): exp((r + u) / 2), the mean
-    (2, 1, (27, 16, 125, 432)),         # minus: exp(r + 2 u)
-    (-1, 1, (4, 1, 4, 1)),              # plus: exp(r - u)
+@pytest.mark.parametrize("gamma, rows, sums", [
+    (0.5, [[1, 1, 1], [1]], [-2, -1]),                      # -1 - (1+1)/2: length costs
+    (0.9, [[2, 50], [2, .1, .1, .1, .1]], [-7, -2.04]),     # -2 - 5; -2 - .04: it does not
 ])
-def test_where_the_optimum_of_tvkd_lies(alpha, beta, weights):
-    """pi_ref exp((r + alpha u) / beta), by the exact solver and by a student trained on
-    tvkd_loss."""
-    assert_proportional(solved(R + alpha * U, beta), weights)
-    preferred, psi = differences(R).sigmoid(), summed_psi(U)
-    assert_proportional(optimum_of(TREE, expected_tvkd, preferred, psi, alpha, beta), weights)
+def test_gamma_is_a_length_bias_by_tendency_only(gamma, rows, sums):
+    """Terminal "zero": the plain sum is -Phi(s_p) - (1 - gamma) times the Phi on the way."""
+    values = torch.tensor([row + [0] * (6 - len(row)) for row in rows]).double()
+    mask = torch.arange(5) < torch.tensor([[len(row)] for row in rows])
+    close(shaping(values, mask, gamma, "zero").sum(-1), sums)
 
 
-def test_a_teacher_that_knows_r_gives_dpos_optimum_at_beta_times_one_plus_alpha():
-    """u = r, alpha 2, beta 3: exp((r + 2 r) / 3) = exp(r), 3 : 1 : 5 : 3."""
-    preferred, psi = differences(R).sigmoid(), summed_psi(R)
-    assert_proportional(optimum_of(TREE, expected_tvkd, preferred, psi, 2, 3), (3, 1, 5, 3))
-
-
-def test_plus_is_right_for_student_and_teacher_together():
-    """The plus student has 4 : 1 : 4 : 1. Reweighted by the teacher's exp(u) = 3 : 4 : 5 : 12 it is
-    12 : 4 : 20 : 12, and that is 3 : 1 : 5 : 3, what the labels ask for."""
-    student = optimum_of(TREE, expected_tvkd, differences(R).sigmoid(), summed_psi(U), -1, 1.0)
-    assert_proportional((student + U).log_softmax(-1), (3, 1, 5, 3))
-
+# --- the sign of psi -----------------------------------------------------------------------------
 
 def test_tpkd_ref_is_the_plus_reading():
-    """The reward written down in the released branch `tpkd_ref`: beta log-ratio - (1 - gamma) times
-    the sum of V(s_{t+1}), V = T logsumexp(log p / T), 0 after the end, gamma 0.7. Here T = 2, so
-    V = 2 ln sum sqrt(p). Chosen, three tokens: p = (1/4, 1/4, 1/4, 1/4), V = 2 ln 2, then
-    (4/9, 4/9, 1/9, 0), V = 2 ln(5/3). Rejected, two tokens: V = 2 ln 2. The values' part of the
-    margin is -0.6 ln 2 - 0.6 ln(5/3) + 0.6 ln 2 = -0.6 ln(5/3). With log-ratios 0.6 ln(5/3) + ln 2
-    and 0 the margin is ln 2, the loss ln(3/2): alpha -1. With alpha +1 the margin is
-    ln 2 + 1.2 ln(5/3)."""
-    prompt, even, skewed = (1, 0, 0, 0), (1/4, 1/4, 1/4, 1/4), (4/9, 4/9, 1/9, 0)
-    probs = torch.tensor([[prompt, even, skewed, prompt], [prompt, even, prompt, prompt]])
-    values = soft_value(probs.double().log() / 2, 2.0)
-    close(values, [[0, 2 * ln(2), 2 * ln(5 / 3), 0], [0, 2 * ln(2), 0, 0]])
-    psi = shaping(values, torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(), 0.7, "zero").sum(-1)
-    policy, ref = torch.tensor([0.6 * ln(5 / 3) + ln(2), 0.0]).double(), torch.zeros(1).double()
-    for alpha, loss in ((-1, ln(3 / 2)), (1, ln(1 + 1 / (2 * (5 / 3) ** 1.2)))):
-        close(tvkd_loss(policy[:1], policy[1:], ref, ref, psi[:1], psi[1:], 1.0, alpha), [loss])
+    """The reward of the released branch `tpkd_ref`: beta log-ratio - (1 - gamma) times the sum of
+    V(s_{t+1}), V = T logsumexp(log p / T), 0 after the end; here gamma 0.7, T 2, so that V =
+    2 ln sum sqrt(p). At the prompt p = (4/9, 4/9, 1/9, 0), V = 2 ln(5/3). Chosen, two tokens: p =
+    1/4 in between, V = 2 ln 2; rejected, one token. With log-ratios 1.6 ln 2 and 0 the margin is
+    1.6 ln 2 - 0.3 * 2 ln 2 = ln 2, as with alpha -1. With alpha +1 it is 2.2 ln 2."""
+    prompt, even = [4/9, 4/9, 1/9, 0], [1/4] * 4
+    values = soft_value(logs([prompt, even, prompt], [prompt, prompt, prompt]) / 2, 2.0)
+    close(values[0, :2], [2 * ln(5 / 3), 2 * ln(2)])
+    psi = shaping(values, torch.tensor([[1, 1], [1, 0]]).bool(), 0.7, "zero").sum(-1)
+    policy, zero = torch.tensor([1.6 * ln(2)]).double(), torch.zeros(1).double()
+    for alpha, loss in ((-1, ln(3 / 2)), (1, ln(1 + 2 ** -2.2))):
+        close(tvkd_loss(policy, zero, zero, zero, psi[:1], psi[1:], 1.0, alpha), [loss])
 
 
-# --- a margin, and a weight on pairs --------------------------------------------------------------
+# --- a tilted reference, a margin, a weight -------------------------------------------------------
+
+def test_tvkd_is_dpo_with_a_tilted_reference_by_hand():
+    """beta 1/2, alpha 1/4, so the tilt is u / 2. Phi(s_p) = 1. Pair 0: u_w = ln 16 after three
+    tokens, u_l = 0 after two; log-ratios ln 64, ln 4. TVKD: ln(16)/2 - ln(16)/4 = ln 2. DPO: the
+    tilt leaves ln 16, ln 4, and ln(4)/2 = ln 2. Pair 1: u_w = 0 after one token, u_l = ln 81 after
+    three; log-ratios 0, 0. TVKD: ln(81)/4 = ln 3. DPO: 0, -ln 9, and ln(9)/2 = ln 3. Losses
+    ln(3/2), ln(4/3); gradients beta times 1/3, 1/4."""
+    values = torch.tensor([[1, 7, -2, ln(16)], [1, 0, 50, 50],          # the chosen of 0 and 1
+                           [1, 3, 0, 50], [1, 5, 4, ln(81)]]).double()  # the rejected
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+    psi = shaping(values, mask, 1.0, "value").sum(-1).view(2, 2)
+    policy, ref = logs([64, 1], [4, 1]), logs([1, 1], [1, 1])
+    tilted = ref + logs([16, 1], [1, 81]) / 2
+    for got in (loss_and_gradient(tvkd_loss, policy, ref, *psi, 0.5, 0.25),
+                loss_and_gradient(dpo_loss, policy, tilted, 0.5)):
+        close(got[0], [ln(3 / 2), ln(4 / 3)])
+        close(got[1], [[-1 / 6, -1 / 8], [1 / 6, 1 / 8]])
+
+
+@pytest.mark.parametrize("alpha, beta", [(1.0, 1.0), (0.3, 0.05), (-2.0, 0.7)])
+def test_tvkd_is_dpo_with_a_tilted_reference_for_any_rows(alpha, beta):
+    """64 random pairs, answers of 1 to 7 tokens, 2 of the prompt: the same losses and gradients as
+    DPO whose reference log-probs gain alpha / beta times the value at each row's end."""
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(2),
+                             dtype=torch.double)
+    values, policy, ref = draw(128, 10), 9 * draw(2, 64), 9 * draw(2, 64)
+    values[64:, 2] = values[:64, 2]                             # one prompt, so one Phi(s_p)
+    ends = 3 + torch.arange(128).unsqueeze(-1) * 5 % 7          # (128, 1) the state after EOS
+    mask = (torch.arange(9) >= 2) & (torch.arange(9) < ends)
+    psi, u = shaping(values, mask, 1.0, "value").sum(-1).view(2, 64), values.gather(-1, ends)
+    tvkd = loss_and_gradient(tvkd_loss, policy, ref, *psi, beta, alpha)
+    tilted = loss_and_gradient(dpo_loss, policy, ref + alpha / beta * u.view(2, 64), beta)
+    close(tvkd[0], tilted[0], 1e-12)
+    close(tvkd[1], tilted[1], 1e-12)
+
 
 @pytest.mark.parametrize("alpha", [1, -1])
 def test_the_weight_exceeds_dpos_exactly_where_the_teacher_agrees(alpha):
     """At policy = reference DPO weighs each pair 1/2. dpsi = ln 3, 0, -ln 3 give sigmoid(alpha
     dpsi) = 3/4, 1/2, 1/4 for alpha 1 and the reverse for alpha -1."""
-    policy = torch.zeros(3, dtype=torch.double, requires_grad=True)
-    zero, dpsi = torch.zeros(3).double(), torch.tensor([ln(3), 0, -ln(3)]).double()
-    tvkd_loss(policy, zero, zero, zero, dpsi, zero, 1.0, alpha).sum().backward()
-    close(-policy.grad, [3 / 4, 1 / 2, 1 / 4][::alpha])
+    policy, zero = torch.zeros(2, 3).double(), torch.zeros(3).double()
+    dpsi = torch.tensor([ln(3), 0, -ln(3)]).double()
+    gradient = loss_and_gradient(tvkd_loss, policy, policy, dpsi, zero, 1.0, alpha)[1]
+    close(-gradient[0], [3 / 4, 1 / 2, 1 / 4][::alpha])
 
 
 def test_the_expected_push_is_the_label_minus_the_students_belief():
@@ -229,237 +241,140 @@ def test_the_expected_push_is_the_label_minus_the_students_belief():
     beta (p - sigmoid(beta dlogratio - alpha dpsi)). p = 1/2, equal log-ratios, dpsi = ln 3, alpha
     1, beta 2: sigmoid(-ln 3) = 1/4 and 2 (1/2 - 1/4) = 1/2, towards the answer that the teacher
     values although the labels see no difference. It is 0 where 2 dlogratio = ln 3."""
-    zero, psi = torch.zeros(1).double(), torch.tensor([ln(3)]).double()
+    psi = torch.tensor([[ln(3), 0], [0, ln(3)]]).double()       # pair 1: pair 0, flipped
     for start, push in ((0.0, 1 / 2), (ln(3) / 2, 0.0)):
-        w = torch.tensor([start], dtype=torch.double, requires_grad=True)
-        loss = (tvkd_loss(w, zero, zero, zero, psi, zero, 2.0, 1.0)
-                + tvkd_loss(zero, w, zero, zero, zero, psi, 2.0, 1.0)) / 2
-        loss.sum().backward()
-        close(-w.grad, [push])
+        policy = torch.tensor([[start, 0], [0, start]]).double()
+        gradient = loss_and_gradient(tvkd_loss, policy, 0 * policy, *psi, 2.0, 1.0)[1]
+        close(-gradient.diagonal().mean(), push)
 
 
-# --- the teacher's opinion as a label -------------------------------------------------------------
+# --- the teacher's opinion as a label, and noise --------------------------------------------------
 
 def margin_between_two(preferred, u=0.0):
-    """beta 1. The log-ratio margin of a over b that a student learns if these are all answers to
-    the prompt, a wins with probability `preferred`, and the teacher gives a u more (alpha 1)."""
-    both, psi = torch.tensor([preferred, 1 - preferred]), torch.tensor([u, 0.0]).double()
-    best = optimum_of(TWO, expected_tvkd, both, psi, 1.0, 1.0)
-    return best[0] - best[1]
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-def test_soft_labels_end_at_the_teacher_whatever_the_labels_say():
-    """Labels sigmoid(du): exp(u) = 3 : 4 : 5 : 12 of 24. r is nowhere in it."""
-    best = optimum_of(TREE, expected_dpo, differences(U).sigmoid())
-    assert_proportional(best, (3, 4, 5, 12))
-    close(best, solved(U))
+    """The log-ratio margin of a over b that a student learns if these are all answers to the
+    prompt, a wins with probability `preferred`, and the teacher gives a u more."""
+    both, psi = torch.tensor([[preferred, 1 - preferred], [u, 0]], dtype=torch.double)
+    first, second = optimum_of(TWO, both, psi=psi)
+    return first - second
 
 
 def test_hard_labels_have_no_optimum_and_drift_to_the_teachers_favourite():
     """u ranks aa, ab, ba, bb; the label is the answer with more u. Policies 1 : z : z^2 : z^3 rank
-    alike; three pairs have margin ln z, two 2 ln z, one 3 ln z. With z = 2 the loss is
-    3 ln(3/2) + 2 ln(5/4) + ln(9/8) = 1.780465 and it falls to 0 as z grows: no policy is best. The
-    share of bb, z^3 of the sum, goes to 1: 8/15, 512/585, 0.99 for z = 2, 8, 100."""
+    alike. With z = 2 the loss is 3 ln(3/2) + 2 ln(5/4) + ln(9/8) = 1.780465, and it falls to 0 as z
+    grows: no policy is best. A student ends at bb."""
     preferred = (differences(U) > 0).double()
-    losses = []
-    for z, share in ((2, 8 / 15), (8, 512 / 585), (100, 1e6 / 1010101)):
-        logps = logs(1, z, z**2, z**3).log_softmax(-1)
-        close(logps[3].exp(), share)
-        w, l = pair_indices(TREE)
-        zero = torch.zeros(len(w)).double()
-        losses.append((preferred * dpo_loss(logps[w], logps[l], zero, zero, 1.0)).sum().item())
+    losses = [(preferred * dpo_loss(differences(logs(1, z, z**2, z**3)), *torch.zeros(3, 12), 1.0))
+              .sum().item() for z in (2, 8, 100)]
     close(losses[0], 1.780465)
     assert losses[0] > losses[1] > losses[2] and losses[2] < 0.04
-    assert optimum_of(TREE, expected_dpo, preferred)[3].exp() > 0.999
+    assert optimum_of(TREE, preferred)[3].exp() > 0.999
 
 
-def test_mean_of_label_and_soft_label_is_bounded_where_the_teacher_is_silent():
-    """Two answers: the margin is logit of (sigmoid(dr) + sigmoid(du)) / 2. dr = ln 3, du = -ln 3:
-    (3/4 + 1/4)/2 = 1/2, margin 0. Silent teacher, du = 0: dr = ln 3 gives (3/4 + 1/2)/2 = 5/8,
-    ln(5/3); dr = ln 9 gives 7/10, ln(7/3); dr = 50 nearly 3/4, nearly ln 3."""
-    for dr, du, margin in ((ln(3), -ln(3), 0.0), (ln(3), 0, ln(5 / 3)), (ln(9), 0, ln(7 / 3))):
-        close(margin_between_two((sigmoid(dr) + sigmoid(du)) / 2), margin)
-    assert ln(3) - 1e-6 < margin_between_two((sigmoid(50) + 1 / 2) / 2) < ln(3) + 1e-9
-
-
-def test_label_and_teacher_as_evidence_is_bounded_where_the_teacher_is_silent():
-    """Two answers, the label counts as c = ln 3 nats of evidence: E sigmoid(du +- c) over the
-    label. dr = ln 3, du = 0: 3/4 3/4 + 1/4 1/4 = 5/8, ln(5/3). dr = 50: nearly 3/4, nearly c. du =
-    ln 9: 3/4 sigmoid(ln 27) + 1/4 sigmoid(ln 3) = 3/4 27/28 + 1/4 3/4 = 102/112, ln(102/10) > c."""
-    c = ln(3)
-    for dr, du, margin in ((ln(3), 0, ln(5 / 3)), (50, 0, c), (ln(3), ln(9), ln(102 / 10))):
-        preferred = sigmoid(dr) * sigmoid(du + c) + sigmoid(-dr) * sigmoid(du - c)
-        close(margin_between_two(preferred), margin)
+@pytest.mark.parametrize("p, odds, mean, evidence", [
+    (3/4, 1/3, 0, ln(4 / 3)),               # (3/4 + 1/4)/2 = 1/2; 3/4 3/4 + 1/4 1/28 = 4/7
+    (3/4, 1, ln(5 / 3), ln(7 / 3)),         # (3/4 + 1/2)/2 = 5/8; 3/4 9/10 + 1/4 1/10 = 7/10
+    (9/10, 1, ln(7 / 3), ln(41 / 9)),       # (9/10 + 1/2)/2 = 7/10; 9/10 9/10 + 1/10 1/10 = .82
+    (1, 1, ln(3), ln(9)),                   # labels beyond doubt, the bounds: 3/4; 9/10
+])
+def test_mixed_labels_are_bounded_where_the_teacher_is_silent(p, odds, mean, evidence):
+    """Two answers; a wins with probability p, the teacher's odds are exp(du), 1 if it is silent.
+    Mean of label and soft label: logit of (p + sigmoid(du)) / 2. Label and teacher as evidence:
+    logit of E sigmoid(du +- c), here with c = ln 9."""
+    close(margin_between_two((p + odds / (1 + odds)) / 2), mean)
+    close(margin_between_two(p * 9 * odds / (1 + 9 * odds) + (1 - p) * odds / (9 + odds)), evidence)
 
 
 def test_the_bounds_hold_for_a_pair_and_not_for_three_answers_to_one_prompt():
     """A silent teacher and three answers with r = 2 ln 9, ln 9, 0. The mean's targets are 7/10,
     7/10 and (81/82 + 1/2)/2 = 61/82 < 3/4. No margins m, m and 2m meet all three. The best answer's
     condition is sigmoid(m) + sigmoid(2m) = 7/10 + 61/82 = 1.4439; with 2m <= ln 3 it could be at
-    most 0.6340 + 0.75. So 2m is above ln 3: 1.3038, with m = 0.6519."""
-    r = logs(81, 9, 1)
-    preferred = (differences(r, THREE).sigmoid() + 1 / 2) / 2
-    best = optimum_of(THREE, expected_dpo, preferred)
-    m = (best[0] - best[1]).item()
+    most 0.6340 + 0.75. So 2m is above ln 3: 1.3037..., with m = 0.6518...."""
+    best = optimum_of(THREE, (differences(logs(81, 9, 1)).sigmoid() + 1 / 2) / 2)
+    m = best[0] - best[1]
     close(best[1] - best[2], m)
-    close(sigmoid(m) + sigmoid(2 * m), 7 / 10 + 61 / 82)
-    close(2 * m, 1.303849, 1e-4)
-    assert 2 * m > ln(3) > 1.0986
+    close(m.sigmoid() + (2 * m).sigmoid(), 7 / 10 + 61 / 82)
+    assert 2 * m > 1.3037 > ln(3)
 
 
-@pytest.mark.parametrize("kind", ["mean", "evidence"])
-def test_mean_and_evidence_fit_targets_that_need_not_be_differences(kind):
-    """With more answers the student is the fit: for every answer, the sums of sigmoid(margin) and
-    of its targets agree. r still counts: the optimum is not the soft labels' 3 : 4 : 5 : 12."""
-    dr, du, c = differences(R), differences(U), ln(3)
-    preferred = {"mean": (dr.sigmoid() + du.sigmoid()) / 2,
-                 "evidence": dr.sigmoid() * (du + c).sigmoid()
-                             + (-dr).sigmoid() * (du - c).sigmoid()}[kind]
-    best = optimum_of(TREE, expected_dpo, preferred)
-    gap = (differences(best).sigmoid() - preferred).view(4, 3)
-    close(gap.sum(-1), torch.zeros(4), 1e-7)
-    assert gap.abs().max() > 1e-3
-    assert (best - solved(U)).abs().max() > 0.1
+@pytest.mark.parametrize("flipped, margin", [(1/4, ln(5 / 3)), (1/2, 0), (3/4, -ln(5 / 3))])
+def test_flipped_labels_change_the_labels_part_of_the_margin_only(flipped, margin):
+    """A label is right with 3/4; a share e is flipped: (1 - 2e) 3/4 + e = 5/8, 1/2, 3/8. DPO's
+    margin falls from ln 3 to ln(5/3), 0, -ln(5/3). TVKD with du = ln 4 has ln 4 more."""
+    noisy = (1 - 2 * flipped) * 3 / 4 + flipped
+    close(margin_between_two(noisy), margin)
+    close(margin_between_two(noisy, u=ln(4)), margin + ln(4))
 
 
 # --- KL distillation ------------------------------------------------------------------------------
-
-TEACHER_REF = {"a": 1/2, "b": 1/2, "aa": 2/3, "ab": 1/3, "ba": 3/5, "bb": 2/5}
-TEACHER = TREE.solve(TEACHER_REF, TREE.at_the_end(dict(zip(TREE.responses, U.tolist()))))[2]
-
 
 def test_kd_ends_at_the_teachers_policy_on_the_states_visited():
     """The teacher's reference has 1/3 : 1/6 : 3/10 : 1/5; times exp(u) = 3 : 4 : 5 : 12 that is
     30 : 20 : 45 : 72 of 167, and KD copies it, reference and all. Trained on aa and ab alone, it
     never visits the state b and leaves 1/2 there."""
-    teacher, mask = TREE.logits(TEACHER), torch.ones(4, 2).bool()
-    policy = fit(TREE, lambda logits: kd_loss(logits, teacher, mask))
+    teacher = TREE.logits(TEACHER)
+    policy = fit(TREE, lambda logits: kd_loss(logits, teacher, MASK))
     assert_proportional(logs(*TREE.response_probs(policy).values()), (30, 20, 45, 72))
-    policy = fit(TREE, lambda logits: kd_loss(logits[:2], teacher[:2], mask[:2]))
-    expected = {**TEACHER, "ba": 1 / 2, "bb": 1 / 2}
-    assert policy == pytest.approx(expected, abs=1e-6)
+    policy = fit(TREE, lambda logits: kd_loss(logits[:2], teacher[:2], MASK[:2]))
+    assert policy == pytest.approx({**TEACHER, "ba": 1 / 2, "bb": 1 / 2}, abs=1e-6)
 
 
-def test_kd_plus_dpo_lies_between():
-    """The best policy for the sum of the two losses is worse than KD's at KD's loss, worse than
-    DPO's at DPO's, and better than the other one at both."""
-    teacher, mask = TREE.logits(TEACHER), torch.ones(4, 2).bool()
-    losses = {"kd": lambda logits: kd_loss(logits, teacher, mask),
-              "dpo": functools.partial(expected_dpo, TREE, differences(R).sigmoid())}
-    policies = {name: fit(TREE, loss) for name, loss in losses.items()}
-    policies["both"] = fit(TREE, lambda logits: losses["kd"](logits) + losses["dpo"](logits))
-    for name, other in (("kd", "dpo"), ("dpo", "kd")):
-        at = {p: losses[name](TREE.logits(policies[p]).clamp_min(-1e4)).item() for p in policies}
-        assert at[name] + 1e-3 < at["both"] < at[other] - 1e-3
-
-
-# --- labels turned round --------------------------------------------------------------------------
-
-def test_label_noise_shrinks_the_labels_part_of_the_margin_only():
-    """dr = ln 3, one label in four turned round: (1 - 1/2) 3/4 + 1/4 = 5/8, so DPO's margin falls
-    from ln 3 to ln(5/3). TVKD with du = ln 4 has ln(5/3) + ln 4 = ln(20/3): the teacher's part is
-    whole."""
-    noisy = (1 - 2 / 4) * sigmoid(ln(3)) + 1 / 4
-    close(margin_between_two(sigmoid(ln(3))), ln(3))
-    close(margin_between_two(noisy), ln(5 / 3))
-    close(margin_between_two(noisy, u=ln(4)), ln(20 / 3))
-
-
-def test_a_wrong_label_starts_below_weight_one_half():
-    """The teacher gives the better answer ln 4 more. Right label: weight sigmoid(ln 4) = 4/5. Wrong
-    label: dpsi = -ln 4, weight 1/5. DPO starts both at 1/2."""
-    policy = torch.zeros(2, dtype=torch.double, requires_grad=True)
-    zero, dpsi = torch.zeros(2).double(), torch.tensor([ln(4), -ln(4)]).double()
-    tvkd_loss(policy, zero, zero, zero, dpsi, zero, 1.0, 1.0).sum().backward()
-    close(-policy.grad, [4 / 5, 1 / 5])
-
-
-# --- the document ---------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 THEORY = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
 
 
 def definitions(path):
-    """{top-level name: names used inside it}, methods as Class.name."""
-    used = {}
+    """{name at the top level of a file: all names used in its definition}"""
+    found = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef):
-            for method in node.body:
-                if isinstance(method, ast.FunctionDef):
-                    used[f"{node.name}.{method.name}"] = names_in(method)
-        elif isinstance(node, ast.FunctionDef):
-            used[node.name] = names_in(node)
-        elif isinstance(node, ast.Assign):
-            for name in names_in(node.targets[0]):
-                used[name] = names_in(node.value)
-    return used
+        names = {getattr(x, "id", getattr(x, "attr", None)) for x in ast.walk(node)} - {None}
+        left = [x for target in getattr(node, "targets", ()) for x in ast.walk(target)]
+        found |= {getattr(x, "name", getattr(x, "id", None)): names for x in [node, *left]}
+    return found
 
 
-def names_in(tree):
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    return names | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+TESTS = [definitions(path) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
 
 
 def reaches(used, name, function):
     """Does the test use the function, itself or through names of its own file?"""
-    seen, waiting = set(), [name]
-    while waiting:
-        for other in used[waiting.pop()] - seen:
-            seen.add(other)
-            if other in used:
-                waiting.append(other)
-    return function.split(".")[-1] in seen
+    seen = {name}
+    while more := set().union(*(used.get(other, ()) for other in seen)) - seen:
+        seen |= more
+    return function in seen
 
 
 def test_every_statement_names_a_function_and_a_test_that_calls_it():
-    """Statements are numbered from 1 on. The line below each says whose it is and names functions
-    of tvkd.py or toy_mdp.py and tests; every test named uses one of the functions named."""
-    functions = {**definitions(ROOT / "tvkd.py"), **definitions(ROOT / "tests" / "toy_mdp.py")}
-    tests = {}
-    for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        used = definitions(path)
-        tests.update({name: used for name in used if name.startswith("test_")})
+    """The line below each numbered statement says whose it is and names functions of tvkd.py or
+    toy_mdp.py and tests; every test uses one of the functions. Tests named elsewhere exist."""
+    code = "".join((ROOT / name).read_text(encoding="utf-8")
+                   for name in ("tvkd.py", "tests/toy_mdp.py"))
     numbers = re.findall(r"^\*\*(\d+)\. ", THEORY, re.MULTILINE)
-    lines = re.findall(r"^\((paper|standard|ours)[;:,](.*)\)$", THEORY, re.MULTILINE)
+    lines = re.findall(r"^\((?:paper|standard|ours)[;:,](.*)\)$", THEORY, re.MULTILINE)
     assert numbers == [str(n + 1) for n in range(len(lines))] and len(lines) > 20
-    for number, (_, line) in zip(numbers, lines):
-        names = re.findall(r"`([\w.]+)`", line)
-        called = [name for name in names if not name.startswith("test_")]
-        named = [name for name in names if name.startswith("test_")]
-        assert called and named, f"statement {number}: expected a function and a test, got {names}"
-        for name in called:
-            assert name in functions, f"statement {number}: no function {name}"
-        for name in named:
-            assert name in tests, f"statement {number}: no test {name}"
-            assert any(reaches(tests[name], name, function) for function in called), \
-                f"statement {number}: {name} calls none of {called}"
+    for number, line in zip(numbers, lines):
+        names = re.findall(r"`(?:Tree\.)?(\w+)`", line)
+        functions = [name for name in names if not name.startswith("test_")]
+        assert all(f"def {name}(" in code for name in functions), f"{number}: {functions}"
+        assert len(functions) < len(names), f"statement {number}: expected a test"
+        for test in set(names) - set(functions):
+            assert any(reaches(used, test, function) for used in TESTS if test in used
+                       for function in functions), f"{number}: {test} calls none of {functions}"
+    text = THEORY + (ROOT / "docs" / "released-code.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(test_\w+)`", text)) <= set().union(*TESTS)
 
 
-def test_every_test_the_page_names_exists():
-    """In the text and the tables too."""
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
-    for page in ("theory.md", "released-code.md"):
-        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-        for name in re.findall(r"`(test_\w+)`", text):
-            assert any(f"def {name}(" in source for source in sources), f"{page}: {name}"
-
-
-def test_math_is_not_eaten_by_markdown():
+@pytest.mark.parametrize("page", ["docs/theory.md", "README.md"])
+def test_math_is_not_eaten_by_markdown(page):
     """GitHub runs Markdown over the text before MathJax sees it: a backslash before punctuation is
     taken away, `_` after punctuation and `*` open emphasis, and display math needs blank lines."""
-    outside = re.sub(r"`[^`\n]*`", "", THEORY)
-    display = re.findall(r"\$\$(.*?)\$\$", outside, re.DOTALL)
-    inline = re.findall(r"\$([^$\n]+)\$", re.sub(r"\$\$.*?\$\$", "", outside, flags=re.DOTALL))
-    assert len(display) > 15 and len(inline) > 30
+    text = re.sub(r"`[^`\n]*`", "", (ROOT / page).read_text(encoding="utf-8"))
+    display = re.findall(r"\$\$(.*?)\$\$", text, re.DOTALL)
+    inline = re.findall(r"\$([^$\n]+)\$", re.sub(r"\$\$.*?\$\$", "", text, flags=re.DOTALL))
+    assert len(display) > 5 and len(inline) > 15
     for math_text in display + inline:
         bad = re.search(r"\\[^a-zA-Z]|\*|(?<![A-Za-z0-9])_(?=[A-Za-z0-9])|operatorname|<|>",
                         math_text)
-        assert not bad, f"{bad.group()} in {math_text.strip()}"
-        assert math_text.count("{") == math_text.count("}")
+        assert not bad and math_text.count("{") == math_text.count("}"), math_text
     for math_text in display:
-        assert f"\n\n$${math_text}$$\n\n" in THEORY, math_text
-        assert math_text.startswith("\n") and math_text.endswith("\n") and "\n\n" not in math_text
+        assert re.fullmatch(r"\n[^\n]+\n", math_text) and f"\n\n$${math_text}$$\n\n" in text

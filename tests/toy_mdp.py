@@ -44,8 +44,7 @@ class Tree:
         for s in reversed(self.states):                 # longest first
             if len(s) == self.depth:
                 continue
-            for a in self.actions:
-                q[s + a] = reward[s + a] + discount * value[s + a]
+            q |= {s + a: reward[s + a] + discount * value[s + a] for a in self.actions}
             total = sum(ref[s + a] * math.exp(q[s + a] / beta) for a in self.actions)
             value[s] = beta * math.log(total)
             for a in self.actions:
@@ -64,8 +63,8 @@ class Tree:
         """(responses, depth + 1, 1 + actions): log pi along each response.
 
         The prompt's token has probability 0. In the last state nothing is chosen: zeros."""
-        logits = torch.full((len(self.responses), self.depth + 1, 1 + len(self.actions)),
-                            -torch.inf, dtype=torch.double)
+        shape = len(self.responses), self.depth + 1, 1 + len(self.actions)
+        logits = torch.full(shape, -torch.inf, dtype=torch.double)
         for row, y in enumerate(self.responses):
             for k in range(self.depth):
                 for i, a in enumerate(self.actions):
@@ -81,9 +80,7 @@ class Tree:
 
 def fit(tree, loss, steps=500):
     """The tabular policy, uniform at the start, that minimises loss(logits), as {step: pi(a|s)}.
-
-    `loss` gets logits as a language model would give them for `tree.tokens()`. L-BFGS, float64.
-    """
+    `loss` gets logits as a language model would give them for `tree.tokens()`. L-BFGS, float64."""
     inner = [s for s in tree.states if len(s) < tree.depth]
     rows = torch.tensor([[inner.index(y[:k]) for k in range(tree.depth)] for y in tree.responses])
     table = torch.zeros(len(inner), len(tree.actions), dtype=torch.double, requires_grad=True)

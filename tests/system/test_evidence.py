@@ -594,7 +594,7 @@ def test_filled_by_hand():
     text = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n<!-- note -->\n"
     new = "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n<!-- note -->\n"
     assert tables.filled(text, {"x": "new"}, "f.md") == new
-    with pytest.raises(data.UserError, match="f.md: expected a record for the mark x, got y"):
+    with pytest.raises(UserError, match="f.md: expected a record for the mark x, got y"):
         tables.filled(text, {"y": ""}, "f.md")
 
 

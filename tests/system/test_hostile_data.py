@@ -19,7 +19,8 @@ import pytest
 
 import data
 import train
-from data import Pair, UserError
+from data import Pair
+from harness.errors import UserError
 from harness import preferences
 from harness.options import parse_args
 from harness.preferences import UNREADABLE, VALUES, load_pairs

@@ -23,7 +23,8 @@ import torch
 import data
 import train
 from conftest import ROOT
-from data import Example, Pair, UserError
+from data import Example, Pair
+from harness.errors import UserError
 from harness import keep, outcome
 from harness.keep import SOURCES, Keep, digest_of_code, digest_of_items, digest_of_tensors, lock
 from harness.options import Config

@@ -1,149 +1,129 @@
-"""docs/own-trainer.md: its code runs, and gives the losses of train.py and numbers by hand.
-
-The page imports the transformers library. Here a stand-in with the same interface hands out models
-of this project: from_pretrained(folder), model(tokens).logits, tokenizer(text).input_ids.
-"""
+"""docs/own-trainer.md: its code runs, with a stand-in for the libraries that it imports, and gives
+what tvkd.py gives for whole rows, or what comes out by hand."""
 
 import copy
 import math
 import re
 import sys
+import weakref
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-import train
 from conftest import ROOT, close
-from data import Example, Pair
-from harness.tokenizers import learn_tokenizer
-from model import GPT, GPTConfig, both_responses, rows_logps, state_values, summed_psi
-from tvkd import tvkd_loss
+from model import GPT, GPTConfig
+from tvkd import dpo_loss, implicit_value, sequence_logps, shaping, token_logps, tvkd_loss
 
 PAGE = (ROOT / "docs/own-trainer.md").read_text(encoding="utf-8")
+VALUES, TRL, LOOP = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+LN2 = math.log(2)
 
 
-class WithLogits(torch.nn.Module):
-    """A GPT that answers as a model of the transformers library does."""
+class Tokenizer:
+    """A letter is a token, its code modulo EOS. bos: ids before each text."""
 
-    def __init__(self, gpt):
+    def __init__(self, eos, bos):
+        self.eos_token_id, self.bos = eos, bos
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [ord(letter) % self.eos_token_id for letter in text]
+        return SimpleNamespace(input_ids=self.bos * add_special_tokens + ids)
+
+
+class Loaded(torch.nn.Module):
+    """A GPT behind the library's interface, in float64 unless told otherwise."""
+    in_memory = weakref.WeakSet()
+
+    def __init__(self, gpt, dtype=torch.double):
         super().__init__()
-        self.gpt = gpt
+        assert not self.in_memory, "trap 4: another model is still in memory"
+        self.in_memory.add(self)
+        self.gpt = copy.deepcopy(gpt).to(dtype)
 
     def forward(self, tokens):
         return SimpleNamespace(logits=self.gpt(tokens))
 
 
-class Tokenizer:
-    """A vocabulary of this project behind the library's interface. bos: an id before each text."""
-
-    def __init__(self, encode, eos, bos=()):
-        self.encode, self.eos_token_id, self.bos = encode, eos, list(bos)
-
-    def __call__(self, text, add_special_tokens=True):
-        return SimpleNamespace(input_ids=self.bos * add_special_tokens + self.encode(text))
-
-
 @pytest.fixture
-def models(monkeypatch):
-    """The page's folders, as (GPT, tokenizer). The teacher has another vocabulary and a BOS id."""
-    small = learn_tokenizer([Example("2+2= Sky?", " It is blue.")], 262)
-    large = learn_tokenizer([Example("cheese made of cheese", " 4 5")], 270)
-    tokenizers = {"student": Tokenizer(small.encode_ordinary, small.eot_token),
-                  "teacher": Tokenizer(large.encode_ordinary, large.eot_token, [7])}
+def page(monkeypatch):
+    """The names of the page's first block. The teacher has another vocabulary and a BOS id."""
     models = {}
     for seed, name in enumerate(("student-sft", "teacher-dpo", "teacher-sft")):
         torch.manual_seed(seed)
-        tokenizer = tokenizers[name.split("-")[0]]
+        tokenizer = Tokenizer(128, []) if name == "student-sft" else Tokenizer(100, [7])
         models[name] = GPT(GPTConfig(tokenizer.eos_token_id + 1, n_embd=16)).eval(), tokenizer
-    library = SimpleNamespace(
-        AutoModelForCausalLM=SimpleNamespace(from_pretrained=lambda f: WithLogits(models[f][0])),
-        AutoTokenizer=SimpleNamespace(from_pretrained=lambda f: models[f][1]))
-    monkeypatch.setitem(sys.modules, "transformers", library)
-    return models
-
-
-def run_page():
-    """Execute the page's Python, block after block -> its names."""
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
-        exec(compile(block, "own-trainer.md", "exec"), names)
+    library = MagicMock()
+    library.AutoTokenizer.from_pretrained = lambda folder: models[folder][1]
+    library.AutoModelForCausalLM.from_pretrained = lambda folder, **options: Loaded(
+        models[folder][0], **options)
+    for name in ("transformers", "datasets", "trl"):
+        monkeypatch.setitem(sys.modules, name, library)
+    Loaded.in_memory.clear()
+    names = {"models": models}
+    exec(VALUES, names)
     return names
 
 
-def as_ids(pairs, tokenizer):
-    return [Pair(tokenizer(prompt).input_ids, *(tokenizer(response, False).input_ids
-                                                + [tokenizer.eos_token_id]
-                                                for response in responses))
-            for prompt, *responses in pairs]
-
-
-def losses_of_train_py(pairs, models, beta, alpha, teacher_beta, steps, lr):
-    """The same training by model.py and train.TVKD."""
-    student, tokenizer = copy.deepcopy(models["student-sft"])
-    (teacher, teacher_tokenizer), (teacher_ref, _) = models["teacher-dpo"], models["teacher-sft"]
-    student_pairs = as_ids(pairs, tokenizer)
-    rows = both_responses(as_ids(pairs, teacher_tokenizer))
-    values = state_values("implicit", teacher, teacher_ref, rows, teacher_beta, 8)
-    psi = summed_psi(values, rows, 1.0, "value").view(2, -1)
-    ref_logps = rows_logps(student, both_responses(student_pairs), 8).view(2, -1)
-    loss = train.TVKD(student_pairs, ref_logps, psi, beta, alpha)
-    optimizer, losses = torch.optim.AdamW(student.parameters(), lr=lr), []
-    for _ in range(steps):
-        mean = loss(student, torch.arange(len(pairs)))["loss"] / len(pairs)
-        losses.append(mean.item())
-        optimizer.zero_grad()
-        mean.backward()
-        optimizer.step()
-    return losses
-
-
-def test_page_trains_as_train_py_does(models, capsys):
-    """Ten losses, step by step, of a student under a teacher with a vocabulary of its own."""
-    before = copy.deepcopy(models)
-    names = run_page()
+def test_the_loop_step_by_step(page, capsys):
+    """Values and ten losses, without batches and slices, by tvkd.py's functions for whole rows."""
+    torch.manual_seed(5)
+    exec(LOOP, page)
     printed = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
-    expected = losses_of_train_py(names["pairs"], before, names["beta"], names["alpha"],
-                                  names["teacher_beta"], steps=10, lr=1e-5)
-    close(printed, expected, 1e-5)
-    assert printed[0] - printed[-1] > 1e-3          # it trains, far beyond the tolerance
+    tokens, mask = page["collate"](page["pairs"], page["models"]["teacher-dpo"][1])
+    teacher, teacher_ref = (token_logps(page["models"][name][0](tokens), tokens)
+                            for name in ("teacher-dpo", "teacher-sft"))
+    values = implicit_value(teacher, teacher_ref, mask, page["teacher_beta"])
+    psi = shaping(values, mask).sum(-1).view(2, -1)
+    close(page["values"].T, psi, 1e-5)
+    student, tokenizer = page["models"]["student-sft"]
+    tokens, mask = page["collate"](page["pairs"], tokenizer)
+    optimizer, logps, losses = torch.optim.AdamW(student.parameters(), lr=1e-5), [], []
+    torch.manual_seed(5)
+    for ids in [ids for _ in range(5) for ids in torch.randperm(3).split(2)]:
+        logps.append(sequence_logps(token_logps(student(tokens), tokens), mask).view(2, -1))
+        losses.append(tvkd_loss(*logps[-1][:, ids], *logps[0][:, ids], *psi[:, ids],
+                                page["beta"], page["alpha"]).mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    close(printed, [loss.item() for loss in losses], 1e-5)
+    assert {p.dtype for p in page["student"].parameters()} == {torch.float32}           # trap 7
 
 
-def test_first_loss_is_the_teachers_term_alone(models, capsys):
-    """Policy = reference: -log sigmoid(-alpha dpsi), meaned. With psi = 0 that is ln 2."""
-    names = run_page()
-    chosen, rejected = names["psi"].chunk(2)
-    expected = torch.log1p(torch.exp(names["alpha"] * (chosen - rejected))).mean().item()
-    first = float(capsys.readouterr().out.split()[1])
-    assert first == pytest.approx(expected, abs=1e-5) and abs(first - math.log(2)) > 1e-3
+def test_collate_by_hand(page):
+    """EOS is 9, a BOS 5. Prompt a, chosen b, rejected cd: 97 to 100 modulo 9 are 7, 8, 0, 1.
 
-
-def test_collate_by_hand(models):
-    """EOS is 9, a BOS 8. Prompt a, chosen b, rejected cd, with letters as 1, 2, 3, 4:
-
-        8 1 | 2 9 0     actions  1 | 2 9 .     mask 0 | 1 1 0
-        8 1 | 3 4 9              1 | 3 4 9          0 | 1 1 1
+        5 7 | 8 9 0     actions  7 | 8 9 .     mask 0 | 1 1 0
+        5 7 | 0 1 9              7 | 0 1 9          0 | 1 1 1
     """
-    names = run_page()
-    names["pairs"] = [("a", "b", "cd")]
-    letters = Tokenizer(lambda text: [ord(letter) - ord("a") + 1 for letter in text], 9, [8])
-    tokens, mask = names["collate"](letters)
-    assert tokens.tolist() == [[8, 1, 2, 9, 0], [8, 1, 3, 4, 9]]
+    tokens, mask = page["collate"]([("a", "b", "cd")], Tokenizer(9, [5]))
+    assert tokens.tolist() == [[5, 7, 8, 9, 0], [5, 7, 0, 1, 9]]
     assert mask.tolist() == [[False, True, True, False], [False, True, True, True]]
 
 
-@pytest.mark.parametrize("alpha, expected", [(0.0, 3 / 2), (0.5, 2), (1.0, 3)])
-def test_the_changed_line_by_hand(alpha, expected):
-    """Log-ratios ln 4 and ln 2, psi ln 4 and 0, beta 1: margin ln 2, offset alpha ln 4.
-
-    alpha 0: ln(1 + 1/2); 1/2: margin - offset = 0, ln(1 + 1); 1: it is -ln 2, ln(1 + 2).
+@pytest.mark.parametrize("alpha, odds", [(0, 1 / 2), (1 / 8, 1), (1 / 4, 2), (-1 / 8, 1 / 4)])
+def test_dpo_with_the_tilted_reference_is_tvkd(page, alpha, odds):
+    """The recipe for TRL, values and gradients, in units of ln 2: policy -2, -2, reference -6, -4,
+    psi 9, 1. beta is 1/2. DPO's margin is 1/2 (4 - 2) = 1, TVKD's 1 - 8 alpha. With odds =
+    exp(-margin) = 2^(8 alpha - 1) the loss is ln(1 + odds), its slopes -+ 1/2 odds / (1 + odds).
+    alpha 1/4: a tilt of 9/2, 1/2 gives the margin 1/2 [(-2 + 6 - 9/2) - (-2 + 4 - 1/2)] = -1.
     """
-    four, two, zero = (torch.tensor([math.log(x)]) for x in (4, 2, 1))
-    names = {"F": F, "beta": 1.0, "alpha": alpha, "psi_chosen": four, "psi_rejected": zero,
-             "policy_chosen": four, "policy_rejected": two, "ref_chosen": zero,
-             "ref_rejected": zero}
-    [diff] = re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL)
-    exec("\n".join(line[1:] for line in diff.splitlines() if line[0] in " +"), names)
-    close(names["losses"], [math.log(expected)])
-    close(tvkd_loss(four, two, zero, zero, four, zero, 1.0, alpha), names["losses"])
+    before = sys.modules["trl"].DPOTrainer.return_value.train_dataset
+    psi = torch.tensor([[9.0, 1.0]]) * LN2
+    page |= {"pairs": [("x", "w", "l")], "values": psi, "alpha": alpha, "beta": 0.5}
+    exec(TRL, page)
+    before.map.assert_called_once_with(page["tilt"])
+    assert page["trainer"].train_dataset is before.map.return_value
+    tilted = page["tilt"](page["rows"][0] | {"ref_chosen_logps": -6 * LN2,
+                                             "ref_rejected_logps": -4 * LN2})
+    tilted = [torch.tensor([tilted[name]]) for name in ("ref_chosen_logps", "ref_rejected_logps")]
+    ref_logps = torch.tensor([[-6.0], [-4.0]]) * LN2
+    for loss, constants in ((dpo_loss, (*tilted, 0.5)),
+                            (tvkd_loss, (*ref_logps, *psi.T, 0.5, alpha))):
+        policy = torch.full((2, 1), -2 * LN2, requires_grad=True)
+        got = loss(*policy, *constants)
+        got.backward()
+        close(got, [math.log(1 + odds)])
+        close(policy.grad, [[-0.5 * odds / (1 + odds)], [0.5 * odds / (1 + odds)]])

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import data
-from data import Example, Pair, UserError, encode
+from data import Example, Pair, encode
+from harness.errors import UserError
 from harness import preferences
 from harness.preferences import load_pairs, parse_pair, shown, split_pairs
 from harness.tokenizers import PIECES, learn_tokenizer
@@ -263,12 +264,6 @@ def test_load_pairs_names_file_and_place(tmp_path, content, expected):
         load_pairs(path)
     assert str(error.value).startswith(f"{path}{expected}") and len(str(error.value)) < 600
     assert str(error.value).isprintable()
-
-
-def test_a_long_name_is_cut(tmp_path):
-    with pytest.raises(UserError) as error:
-        load_pairs("a" * 100_000)
-    assert str(error.value) == f"{'a' * 300}{NO_FILE}File name too long"
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

@@ -20,7 +20,8 @@ import torch
 import data
 import train
 from conftest import ROOT, close
-from data import Example, Pair, UserError
+from data import Example, Pair
+from harness.errors import UserError
 from harness import tokenizers
 from harness import evaluate
 from harness.evaluate import HeldOut, policy_kl

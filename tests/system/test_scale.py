@@ -17,7 +17,8 @@ import torch
 import data
 import train
 from conftest import ROOT, close
-from data import Example, UserError
+from data import Example
+from harness.errors import UserError
 from harness import evaluate, keep, outcome
 from harness.options import in_bfloat16, parse_args
 from harness.processes import in_all, rank_and_world, joined_processes

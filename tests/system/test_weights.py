@@ -15,7 +15,8 @@ import torch
 import harness.weights as weights
 import train
 from conftest import close
-from data import Example, UserError
+from data import Example
+from harness.errors import UserError
 from harness.tokenizers import learn_tokenizer, load_tokenizer
 from harness.weights import export_model, pretrained, to_safetensors
 from model import GPT, GPTConfig
