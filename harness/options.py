@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-from harness.errors import printable, UserError
+from harness.errors import UserError
 from model import VALUES
 
 TERMINALS = ("zero", "hold", "value")
@@ -53,8 +53,7 @@ class Config:
                       "use a finished run, train nothing")
     score: str = option("", "score the pairs of this JSONL file with those models, into "
                             "scores.jsonl in --out")
-    tokens: int = option(0, "1, beside --score: log-ratios of every token; beside --ask: psi of "
-                            "each model's first answer, token by token")
+    tokens: int = option(0, "1, beside --ask: psi of each model's first answer, token by token")
     export: str = option("", "write those models into this folder, for the transformers library")
     alpha: float = option(1.0, "weight of the teacher's psi in TVKD; 0 is DPO, below 0 the plus "
                                "reading of the loss", "the loss")
@@ -223,8 +222,8 @@ def parse_args(argv, methods, description=None):
                      f"--{uses[0]}")
     if "skip_bad" in given and not {"data", "score"} & set(given):
         parser.error("--skip_bad: expected --data or --score beside it")
-    if "tokens" in given and not {"ask", "score"} & set(uses):
-        parser.error("--tokens: expected --ask or --score beside it")
+    if "tokens" in given and "ask" not in given:
+        parser.error("--tokens: expected --ask beside it")
     for name in sorted(given):
         who, _, size = name.partition("_")
         if size in ("layers", "heads", "width") and f"{who}_init" in given:

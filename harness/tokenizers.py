@@ -81,14 +81,33 @@ def named_tokenizer(name):
     """An encoding that tiktoken knows by name, such as "gpt2"; downloaded at first use."""
     names = tiktoken.list_encoding_names()
     if name not in names:
-        raise UserError(f"--tokenizer: expected one of {', '.join(names)}, got {name:.100}")
+        raise UserError(f"--tokenizer: expected one of {', '.join(names)}, got {name:.60}")
     try:
-        return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:      # ValueError: other bytes than its hash says
-        raise UserError(f"--tokenizer: {name} could not be downloaded ({type(error).__name__}: "
-                        f"{error!s:.100}); fetch it once where there is a network and set "
-                        "TIKTOKEN_CACHE_DIR to the folder that holds it, replace the copy in that "
-                        "folder, or leave --tokenizer out") from None
+        tokenizer = tiktoken.get_encoding(name)
+        tokenizer.eot_token             # KeyError: a plugin's vocabulary need not have one
+        return tokenizer
+    except KeyError:
+        raise UserError(f"--tokenizer: expected a vocabulary with {END_OF_TEXT}, got {name}"
+                        ) from None
+    except ValueError:                  # another hash than tiktoken's
+        raise UserError(f"--tokenizer: the download of {name}, or its file in TIKTOKEN_CACHE_DIR, "
+                        f"holds other bytes than expected, such as a proxy's page; fetch it where "
+                        f"there is an open network, or leave --tokenizer out") from None
+    except OSError as error:
+        raise UserError(f"--tokenizer: {name} could not be downloaded ({type(error).__name__}); "
+                        f"fetch it once where there is a network and set TIKTOKEN_CACHE_DIR to the "
+                        f"folder that holds it, or leave --tokenizer out") from None
+
+
+def text_of(ids, tokenizer):
+    """Ids -> text, U+FFFD for ids without one: cl100k_base leaves out 16 below its largest."""
+    parts = []
+    for token in ids:
+        try:
+            parts.append(tokenizer.decode_single_token_bytes(token))
+        except KeyError:
+            parts.append("\ufffd".encode())
+    return b"".join(parts).decode(errors="replace")
 
 
 def tokenizer_text(tokenizer):
