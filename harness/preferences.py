@@ -176,13 +176,11 @@ def parse_pair(record, with_values=False):
     if names[2:] == ("prompt",) and strings and not start and HUMAN not in chosen + rejected:
         pair = Pair(prompt, chosen, rejected)
     else:
-        if any(more) and isinstance(prompt, str) and isinstance(more[0], str):
+        if any(more):
+            if not isinstance(prompt, str) or not isinstance(more[0], str):
+                raise UserError(f'expected "{names[2]}" and "{names[3]}" as two strings')
             prompt = f"{prompt}\n\n{more[0]}"
-        elif any(more):
-            raise UserError(f'expected "{names[2]}" and "{names[3]}" as two strings')
-        if isinstance(prompt, str):
-            prompt = prompt.removesuffix(ANSWER)
-        pair = _pair(start, _turns("prompt", prompt if names[2:] else [], HUMAN),
+        pair = _pair(start, _turns("prompt", prompt, HUMAN) if names[2:] else [],
                      _turns("chosen", chosen, ANSWER), _turns("rejected", rejected, ANSWER))
     for name, text in zip(TEXTS, pair):
         if not text.strip():
@@ -211,6 +209,7 @@ def _turns(name, field, label=""):
     """Messages, a message, a transcript or, with a label, text -> turns "\\n\\nRole: content"."""
     if isinstance(field, str) and label:
         if HUMAN in field and label != SYSTEM:
+            field = field.removesuffix(ANSWER) if label == HUMAN else field
             return [turn for turn in re.split(r"(?=\n\n(?:Human|Assistant):)", field) if turn]
         return [f"{label} {field.removeprefix(' ') if label == ANSWER else field}"]
     if isinstance(field, dict):
@@ -279,9 +278,9 @@ def _values(record, needed):
         return None
     for value in values:
         if type(value) not in (int, float) or not abs(value) < LARGEST_VALUE:   # NaN fails as well
-            raise UserError(f'expected "{VALUES[0]}" and "{VALUES[1]}", finite numbers up to '
-                            f"{LARGEST_VALUE:.0e}, both{' or neither' * (not needed)}, "
-                            f"got {value!r:.60}")
+            which = "which --value=given reads" if needed else "both or neither"
+            raise UserError(f'expected "{VALUES[0]}" and "{VALUES[1]}", {which}, as finite numbers '
+                            f"up to {LARGEST_VALUE:.0e}, got {value!r:.60}")
     return tuple(map(float, values))
 
 

@@ -304,7 +304,7 @@ def test_odd_file_is_trained_on_and_scored(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(preferences, "SECONDS", 0)
     assert train.main([f"--score={path}", f"--out={out}", "--device=cpu", "--skip_bad=1"]) == 0
     printed = capsys.readouterr().out
-    assert re.search("40 pairs; .*0 left out because", printed)
+    assert re.search("40 pairs[;,] .*0 left out because", printed)
     assert f"  {path}: 41 rows, " in printed and "  tokenised: 40 pairs, " in printed
     assert printed.replace("\n", "").isprintable()
     lines = (out / "scores.jsonl").read_text(encoding="utf-8").splitlines()

@@ -217,7 +217,7 @@ def test_bad_records(record, expected):
 def test_bad_values(values):
     """Both or neither, numbers, finite in float32. To Python, true is a number; here it is not."""
     for chosen, rejected in (values, values[::-1]):
-        with pytest.raises(UserError, match="finite numbers up to 1e.30, both or neither, got "):
+        with pytest.raises(UserError, match="both or neither, as finite numbers up to 1e.30, got "):
             parse_pair(row("a", "b", "c", chosen_value=chosen, rejected_value=rejected))
 
 
