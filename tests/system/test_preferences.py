@@ -387,6 +387,8 @@ def test_split_pairs_by_prompt():
     for sizes in ((0, 10, 10), (15, 2, 4), (0, 1, 19)):
         with pytest.raises(UserError, match="got 20 pairs with 10 different prompts, each of"):
             split_pairs(pairs, *sizes, seed=0)
+    with pytest.raises(UserError, match="got 12 pairs with 1 different prompts, each of which"):
+        split_pairs([Pair("Write a poem.", f"{i}", "no") for i in range(12)], 0, 2, 2, seed=0)
 
 
 def test_a_prompt_stays_on_one_side_however_it_is_spelled():
