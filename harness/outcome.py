@@ -114,7 +114,7 @@ class Outcome:
               f"{printable(out / 'report.html')}")
 
 
-def exit_code(run, argv, *args):
+def exit_code(run, argv, *args, program="train.py"):
     """run(argv, *args) -> 0, or a line on stderr and an exit code.
 
     2: files, options or memory; 1: numbers that are not finite, or a failed check; 130: Ctrl-C;
@@ -147,7 +147,7 @@ def exit_code(run, argv, *args):
     if IS_PROGRAM:
         signal.signal(signal.SIGINT, stop_at_once)
     if message and sys.stderr:
-        print(f"train.py: {one_line(message)}", file=sys.stderr)
+        print(f"{program}: {one_line(message)}", file=sys.stderr)
     if message and "TORCHELASTIC_ERROR_FILE" in os.environ:     # torchrun says it again, last
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(
             {"message": one_line(message), "timestamp": int(time.time())}), encoding="utf-8")
