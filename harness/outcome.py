@@ -52,10 +52,9 @@ class Outcome:
         rows = [Row.of(label, keep.seed) for label in models]
         fill(rows, {label: keep.alone(f"{label}.row", measure, *model, test)
                     for label, model in models.items()})
-        first = {row.value: row for row in reversed(rows) if row.value not in (None, "given")}
-        shown = [keep.alone(f"{row.label}.psi", psi_of_pairs, row.value, row.terminal, config.gamma,
-                            *models["teacher"], *models[row.label], test)
-                 for row in rows if row in first.values()]          # of each kind of value
+        kinds = {row.value: row.terminal for row in rows if row.value not in (None, "given")}
+        shown = [keep.alone(f"{kind}.psi", psi_of_pairs, kind, terminal, config.gamma,
+                            *models["teacher"], test) for kind, terminal in kinds.items()]
         self.rows, self.shown = self.rows + rows, self.shown + shown
         trained = {label: model for label, (model, _, _) in models.items()}
         if "teacher" in models:
