@@ -257,7 +257,7 @@ def make_log():
     log += [{"stage": "kd", "step": step, "loss": 1.0, "val_kl": 2.0, "val_reward": None}
             for step in (1, 2)]
     log += [{"stage": "dpo", "step": step, "loss": 0.5, "margin": margin, "policy_chosen": -step,
-             "ref_chosen": -1.0, "policy_rejected": -4.0, "ref_rejected": -3.0}
+             "ref_chosen": {1: -1, 5: -3, 10: -2}[step], "policy_rejected": -4.0, "ref_rejected": -3.0}
             for step, margin in ((1, 1.0), (5, 5.0), (10, 10.0), (1, 1.0), (5, 9.0), (10, 10.0))]
     log[-1].update(val_kl=1.0, val_reward=0.5)
     return log
@@ -266,7 +266,7 @@ def make_log():
 def test_curves():
     """A chart for each kind of loss, a named line for each stage; None is no point. Loss 8, 4, 2 at
     steps 1, 2, 4: 50 pixels a step from 40, 27 for 1 from 172 up. Margins are means of seeds, 1, 7,
-    10: 18 pixels for 1. The log-ratio of chosen: -1 - -1 = 0, -4 and -9, again 18 for 1."""
+    10: 18 pixels for 1. The log-ratio of chosen is -1 + 1 = 0, -2 and -8: 20.25 for 1."""
     figures = make_page(shown=[], log=make_log()).figures
     assert [figure["text"].startswith(name) for figure, name in zip(figures, report.CHARTS)] == \
         [True] * len(report.CHARTS)
@@ -275,7 +275,7 @@ def test_curves():
     assert [figures[i]["lines"][0] for i in (0, 3, 4)] == [
         [(90.0, 10.0), (140.0, 118.0), (240.0, 172.0)],
         [(60.0, 172.0), (140.0, 64.0), (240.0, 10.0)],
-        [(60.0, 10.0), (140.0, 82.0), (240.0, 172.0)]]
+        [(60.0, 10.0), (140.0, 50.5), (240.0, 172.0)]]
     assert all(name in figures[6]["text"] for name in ("kd", "dpo"))
     assert "DPO's starts at ln 2" in figures[2]["text"]
 
