@@ -45,11 +45,11 @@ HEADER = """\
 # Exercise: write the {count} functions below. Each docstring says what goes in and what comes out.
 #
 #     python -m pytest -q --impl=FILE                        FILE: this file
-#     python -m pytest -q --impl=FILE --function=kd_loss     the tests of one function
+#     python -m pytest -q --impl=FILE --function=NAME        the tests of one function
 #     python -m pytest -v --impl=FILE                        every failure, not one per function
 #
-# A function earns its points for the equation if all tests of the equation pass; `shaping` earns
-# one each for psi along the way, gamma, `terminal`, and rows of different lengths. Then
+# A function earns its points for the equation if all tests of the equation pass; `shaping`
+# earns one each for psi along the way, gamma, `terminal`, and rows of different lengths. Then
 # robustness is judged: it earns those points if all tests of robustness pass.
 # Robust means, where it applies:
 #   - Half-precision logits are raised to float32, and float64 stays float64.
@@ -64,7 +64,7 @@ HEADER = """\
 #   - Nothing overflows: a margin of -900 gives a loss of 900, logits of 1000 and -1000 a finite
 #     value, and a probability of 0 is allowed.
 #
-#     function         equation   robustness
+#     function                equation   robustness
 {table}
 """
 
@@ -88,7 +88,7 @@ def exercise(source):
 def table():
     rows = [(name, graded.points, graded.robustness) for name, graded in GRADED.items()]
     rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    return "\n".join(f"#     {name:16}{points:9}{robust:13}" for name, points, robust in rows)
+    return "\n".join(f"#     {name:23}{points:9}{robust:13}" for name, points, robust in rows)
 
 
 def main(arguments):

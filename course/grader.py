@@ -187,20 +187,20 @@ class Grader:
         self.calls[theirs] = [copied(x) for x in args], {k: copied(x) for k, x in kwargs.items()}
         before = names[:names.index(self.tested)] if self.tested in names and self.reference else []
         served = [self.variant.names[other] for other in before]
+        if name in self.missing:
+            raise NotImplementedError(f"{self.path.name} has no function {theirs}")
         if name in self.dead:
             raise TimeoutError(f"{theirs}: in an earlier test, {self.dead[name]}")
         try:
             return self.student.call(theirs, served, *args, **kwargs)
         except Exception as error:
-            if name in self.missing:
-                error = NotImplementedError(f"{self.path.name} has no function {theirs}")
             line = getattr(error, "line", None)
             self.line = f"{self.path.name}:{line}" if line else ""
             if isinstance(error, NotImplementedError):
                 self.unwritten.add(name)
             if isinstance(error, TimeoutError):
                 self.dead[name] = str(error)
-            raise error
+            raise
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionstart(self, session):

@@ -7,6 +7,7 @@ which lets model.py, train.py and the tests call a student's functions as if the
 
 import ast
 import re
+import textwrap
 import types
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ CHANGES = {
     "surprisal": [
         Change("action_logps", OPPOSITE + "the result is positive.", ("-{}", "-{}")),
         Change("token_logps", OPPOSITE + "the result is positive.", ("-{}", "-{}")),
-        Change("nll_loss", OPPOSITE + "`logps` is positive.", args={"logps": ("-logps", "-logps")})],
+        Change("nll_loss", OPPOSITE + "`logps` is positive.", args={"logps": ("-logps",) * 2})],
     "order": [
         Change("dpo_loss", REJECTED_FIRST, swapped=(("policy_chosen", "policy_rejected"),
                                                     ("ref_chosen", "ref_rejected"))),
@@ -63,13 +64,17 @@ NAMES = {
     "token_logps": ("logps_of_tokens", "score_tokens"),
     "sequence_logps": ("logps_of_responses", "score_responses"),
     "dpo_loss": ("preference_loss", "pair_loss"),
-    "soft_value": ("value_of_logits", "entropic_value"),
+    "soft_value": ("raw_value", "free_value"),
     "implicit_value": ("value_of_logratios", "prefix_value"),
-    "shaping": ("potential_steps", "shaped_steps"),
+    "shaping": ("psi_rows", "step_psi"),
     "tvkd_loss": ("shaped_preference_loss", "shaped_pair_loss"),
     "kd_loss": ("distillation_loss", "divergence_loss"),
     "nll_loss": ("likelihood_loss", "imitation_loss"),
 }
+
+
+def filled(line, indent):
+    return textwrap.fill(line, 100, subsequent_indent=" " * indent, break_long_words=False)
 
 
 class Variant:
@@ -98,12 +103,16 @@ class Variant:
         return names
 
     def signature(self, function, variant):
-        """`values, mask, gamma=1.0, terminal='value'`. Parameters with defaults keep their place."""
+        """`values, mask, gamma=1.0, terminal='value'`. Those with defaults keep their places."""
         if not variant:
             return ast.unparse(self.signatures[function])
         args = ast.parse(f"lambda {ast.unparse(self.signatures[function])}: 0", mode="eval").body
         args.args.args = [ast.arg(name) for name in self.parameters(function)]
         return ast.unparse(args.args)
+
+    def head(self, function, variant):
+        name = self.names[function] if variant else function
+        return filled(f"def {name}({self.signature(function, variant)}):", len(f"def {name}("))
 
     def wrapper(self, function, place, to_variant):
         """Source of a function that calls the one in `place`, in the other convention."""
@@ -115,16 +124,15 @@ class Variant:
             result = change.result[side].format(result)
         order = [arg.arg for arg in self.signatures[function].args] if to_variant else given
         call = f"{place}.{inner}({', '.join(given[name] for name in order)})"
-        outer = self.names[function] if to_variant else function
-        return (f"def {outer}({self.signature(function, to_variant)}):\n"
-                f"    return {result.format(call)}\n")
+        body = filled(f"    return {result.format(call)}", 8)
+        return f"{self.head(function, to_variant)}\n{body}"
 
     # --- the three sources ---------------------------------------------------------------------
 
     def adapter_source(self):
-        functions = "\n\n".join(self.wrapper(name, MY, to_variant=False) for name in FUNCTIONS)
+        functions = "\n\n\n".join(self.wrapper(name, MY, to_variant=False) for name in FUNCTIONS)
         return (f'"""The functions of {MY}.py as model.py, train.py and the tests call them."""\n\n'
-                f"import {MY}\n\n\n{functions}")
+                f"import {MY}\n\n\n{functions}\n")
 
     def adapter(self, functions):
         """A module `tvkd` that calls these functions, an object with the variant's names."""
@@ -137,10 +145,10 @@ class Variant:
         source = (ROOT / "tvkd.py").read_text(encoding="utf-8")
         if not self.number:
             return source
-        functions = "\n\n".join(self.wrapper(name, "standard", to_variant=True)
-                                for name in FUNCTIONS)
+        functions = "\n\n\n".join(self.wrapper(name, "standard", to_variant=True)
+                                  for name in FUNCTIONS)
         return (f"{source}\n\n# The convention of variant {self.number}.\nimport types\n\n"
-                f"standard = types.SimpleNamespace(**globals())\n\n\n{functions}")
+                f"standard = types.SimpleNamespace(**globals())\n\n\n{functions}\n")
 
     def key(self):
         """The key as a module; None where there is no solution to make it from."""
@@ -165,6 +173,9 @@ class Variant:
                     last = lines[at].removesuffix('"""').rstrip()
                     lines[at:at + 1] = [*[last] * bool(last), "", "    UNLIKE THE EQUATIONS ABOVE:",
                                         *text, '    """']
-                lines[start:end] = [f"def {node.name}({self.signature(node.name, True)}):"]
+                lines[start:end] = [self.head(node.name, True)]
         text = "\n".join(lines) + "\n"
-        return re.sub(rf"\b({'|'.join(FUNCTIONS)})\b", lambda match: self.names[match[1]], text)
+        for ours, theirs in self.names.items():         # not the word "shaping" of a sentence
+            text = re.sub(rf"(?<=[`=]){ours}\b", theirs, text)
+            text = re.sub(rf"(?m)^#     {ours} +(?=\d+ )", f"#     {theirs:23}        ", text)
+        return text

@@ -6,11 +6,13 @@
 
 A mistake is the body of one function; all else is tvkd.py's. tests/system/test_courses.py grades
 them all: each loses points of its own function only, and the message names the mistake.
+tests/test_hidden.py compares with the naive file, and names a mistake by the numbers it gives.
 """
 
 import ast
 import sys
 import textwrap
+import types
 from typing import NamedTuple
 
 from course.assignment import ROOT
@@ -46,6 +48,12 @@ MISTAKES = {
     "eos_unscored": Mistake("sequence_logps", "equation", "EOS is not scored", """
         return (logps[:, :-1] * mask[:, 1:] * mask[:, :-1]).sum(-1)
     """),
+    "one_sum_for_all": Mistake("sequence_logps", "equation", "one sum for all rows", """
+        return torch.where(mask.bool(), logps, 0.0).sum().expand(len(logps))
+    """),
+    "nan_to_num": Mistake("sequence_logps", "robustness", "expected [-inf, nan]", """
+        return torch.where(mask.bool(), logps.nan_to_num(neginf=0), 0.0).sum(-1)
+    """),
     "mask_times": Mistake("sequence_logps", "robustness", "got [nan]", """
         return (logps * mask).sum(-1)
     """),
@@ -68,6 +76,10 @@ MISTAKES = {
         ratio = policy_chosen - ref_chosen - policy_rejected - ref_rejected
         return -F.logsigmoid(beta * ratio)
     """),
+    "mean_of_pairs": Mistake("dpo_loss", "equation", "the rows are averaged", """
+        margin = _reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
+        return -F.logsigmoid(margin).mean().expand(margin.shape)
+    """),
     "reference_not_detached": Mistake("dpo_loss", "robustness", "no gradient of reference", """
         chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
         return -F.logsigmoid(beta * (chosen - rejected))
@@ -89,6 +101,17 @@ MISTAKES = {
     "prompt_scored": Mistake("implicit_value", "equation", "prompt and padding are counted", """
         return beta * F.pad((teacher_logps - teacher_ref_logps).cumsum(-1), (1, 0))
     """),
+    "masked_too_late": Mistake("implicit_value", "equation", "mask the log-ratios before", """
+        ratios = (teacher_logps - teacher_ref_logps).cumsum(-1) * mask
+        return beta * F.pad(ratios, (1, 0))
+    """),
+    "teacher_alone": Mistake("implicit_value", "equation", "the teacher's reference is not", """
+        return beta * F.pad(torch.where(mask.bool(), teacher_logps, 0.0).cumsum(-1), (1, 0))
+    """),
+    "zero_after_the_end": Mistake("implicit_value", "equation", "after s_end the value is 0", """
+        values = F.pad(((teacher_logps - teacher_ref_logps) * mask).cumsum(-1), (1, 0))
+        return beta * values * F.pad(mask, (1, 0))
+    """),
     "one_state_early": Mistake("implicit_value", "equation", "one state early", """
         return beta * F.pad(((teacher_logps - teacher_ref_logps) * mask).cumsum(-1), (0, 1))
     """),
@@ -97,6 +120,43 @@ MISTAKES = {
         potential, following = values[:, :-1], values[:, 1:]
         end = {"zero": potential * 0, "hold": potential, "value": following}[terminal]
         return (torch.where(last, end, following) - gamma * potential) * mask
+    """),
+    "gamma_on_both": Mistake("shaping", "equation", "gamma multiplies both potentials", """
+        last = mask & ~F.pad(mask, (0, 1))[:, 1:]
+        end = {"zero": 0.0, "hold": values[:, :-1], "value": values[:, 1:]}[terminal]
+        return gamma * (torch.where(last, end, values[:, 1:]) - values[:, :-1]) * mask
+    """),
+    "psi_zero_at_the_end": Mistake("shaping", "equation", "psi is 0 at the end", """
+        last = mask & ~F.pad(mask, (0, 1))[:, 1:]
+        psi = (gamma * values[:, 1:] - values[:, :-1]) * mask
+        held = (gamma - 1) * values[:, :-1]
+        return torch.where(last, {"zero": psi * 0, "hold": held, "value": psi}[terminal], psi)
+    """),
+    "end_from_the_length": Mistake("shaping", "equation", "the length of the response", """
+        phi, rows, end = values.clone(), range(len(mask)), mask.sum(-1)
+        phi[rows, end] = {"zero": phi[rows, end] * 0, "hold": phi[rows, end - 1],
+                          "value": phi[rows, end]}[terminal]
+        return (gamma * phi[:, 1:] - phi[:, :-1]) * mask
+    """),
+    "end_of_row_0": Mistake("shaping", "equation", "s_end of row 0", """
+        end = int(mask[0].nonzero()[-1])
+        following = values[:, 1:].clone()
+        following[:, end] = {"zero": 0 * following[:, end], "hold": values[:, end],
+                             "value": following[:, end]}[terminal]
+        return (gamma * following - values[:, :-1]) * mask
+    """),
+    "values_written_into": Mistake("shaping", "robustness", "arguments unchanged", """
+        if terminal not in ("zero", "hold", "value"):
+            raise ValueError(terminal)
+        _expect_shape((mask.shape[0], mask.shape[1] + 1), values=values)
+        mask, values = mask.bool(), values.detach()
+        if not mask.any(-1).all():
+            raise ValueError("no response")
+        for row, response in enumerate(mask):
+            end = int(response.nonzero()[-1]) + 1
+            if terminal != "value":
+                values[row, end] = values[row, end - 1] if terminal == "hold" else 0.0
+        return torch.where(mask, gamma * values[:, 1:] - values[:, :-1], 0.0)
     """),
     "hold_without_gamma": Mistake("shaping", "equation", "gamma belongs on Phi(s_end), too", """
         last = mask & ~F.pad(mask, (0, 1))[:, 1:]
@@ -132,6 +192,10 @@ MISTAKES = {
         margin = _reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
         return -F.logsigmoid(margin - abs(alpha) * (psi_chosen - psi_rejected).detach())
     """),
+    "psi_of_row_0": Mistake("tvkd_loss", "equation", "psi of row 0", """
+        margin = _reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
+        return -F.logsigmoid(margin - alpha * (psi_chosen[0] - psi_rejected[0]).detach())
+    """),
     "psi_not_detached": Mistake("tvkd_loss", "robustness", "no gradient of psi", """
         chosen = policy_chosen - ref_chosen.detach()
         rejected = policy_rejected - ref_rejected.detach()
@@ -141,6 +205,28 @@ MISTAKES = {
         student = student_logits[:, :-1][mask].log_softmax(-1)
         teacher = teacher_logits[:, :-1][mask].log_softmax(-1)
         return (student.exp() * (student - teacher)).sum(-1).mean()
+    """),
+    "kd_of_row_0": Mistake("kd_loss", "equation", "row 0 alone", """
+        student = student_logits[:1, :-1][mask[:1]].log_softmax(-1)
+        teacher = teacher_logits[:1, :-1][mask[:1]].log_softmax(-1)
+        return (teacher.exp() * (teacher - student)).sum(-1).mean()
+    """),
+    "kd_of_rows_means": Mistake("kd_loss", "equation", "the mean of the rows' means", """
+        student, teacher = (x[:, :-1].log_softmax(-1) for x in (student_logits, teacher_logits))
+        divergence = (teacher.exp() * (teacher - student)).sum(-1) * mask
+        return (divergence.sum(-1) / mask.sum(-1)).mean()
+    """),
+    "kd_over_padding": Mistake("kd_loss", "equation", "prompt and padding are counted", """
+        student, teacher = (x[:, :-1].log_softmax(-1) for x in (student_logits, teacher_logits))
+        return (teacher.exp() * (teacher - student)).sum(-1).mean()
+    """),
+    "kd_over_every_state": Mistake("kd_loss", "equation", "every state is counted", """
+        student, teacher = (x.log_softmax(-1) for x in (student_logits, teacher_logits))
+        return (teacher.exp() * (teacher - student)).sum(-1).mean()
+    """),
+    "cross_entropy": Mistake("kd_loss", "equation", "the teacher's entropy is not", """
+        student = student_logits[:, :-1][mask].log_softmax(-1)
+        return -(teacher_logits[:, :-1][mask].softmax(-1) * student).sum(-1).mean()
     """),
     "mean_over_vocabulary": Mistake("kd_loss", "equation", "mean over the vocabulary too", """
         student = student_logits[:, :-1][mask].log_softmax(-1)
@@ -154,6 +240,13 @@ MISTAKES = {
     """),
     "mean_of_rows": Mistake("nll_loss", "equation", "the mean of the rows' means", """
         return -((logps * mask).sum(-1) / mask.sum(-1)).mean()
+    """),
+    "prompt_scored_too": Mistake("nll_loss", "equation", "the prompt is scored too", """
+        seen = mask.flip(-1).cumsum(-1).flip(-1) > 0
+        return -(logps * seen).sum() / seen.sum()
+    """),
+    "mean_over_rows": Mistake("nll_loss", "equation", "divided by rows", """
+        return -(logps * mask).sum() / len(mask)
     """),
     "padding_scored": Mistake("nll_loss", "equation", "prompt and padding are scored", """
         return -logps.mean()
@@ -207,6 +300,14 @@ def solution(source, bodies):
             lines[node.body[0].end_lineno:node.end_lineno] = textwrap.indent(
                 body, "    ").splitlines()
     return "\n".join(lines) + "\n"
+
+
+def functions(bodies):
+    """The functions of tvkd.py, some with other bodies, as a module."""
+    source = (ROOT / "tvkd.py").read_text(encoding="utf-8")
+    module = types.ModuleType("solution")
+    exec(compile(solution(source, bodies), "solution.py", "exec"), vars(module))
+    return module
 
 
 def bodies_of(name):
