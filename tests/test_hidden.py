@@ -11,7 +11,7 @@ import tvkd
 from conftest import close, is_close
 from course import wrong
 
-NAIVE = wrong.functions(wrong.NAIVE)
+NAIVE = wrong.as_module(wrong.solution(bodies=wrong.NAIVE))
 ROWS, WIDTH, VOCABULARY = 5, 8, 6
 WITH_GRADIENT = {"action_logps": 1, "token_logps": 1, "sequence_logps": 1, "dpo_loss": 2,
                  "tvkd_loss": 2, "kd_loss": 1, "nll_loss": 1}            # the first arguments
@@ -55,10 +55,10 @@ def called(function, name, given):
 def mistakes(name, given):
     """What the typical mistakes give on these arguments."""
     found = {}
-    for mistake in wrong.MISTAKES.values():
+    for key, mistake in wrong.MISTAKES.items():
         if mistake.function == name and mistake.kind == "equation":
-            function = getattr(wrong.functions({name: mistake.body}), name)
-            found[mistake.message.removeprefix("likely mistake: ")] = called(function, name, given)
+            function = getattr(wrong.as_module(wrong.solution([key])), name)
+            found[mistake.message] = called(function, name, given)
     return found
 
 

@@ -363,8 +363,8 @@ HAND = [
 
 
 @pytest.mark.parametrize("gamma, terminal, psi", [
-    pytest.param(*row, marks=points("shaping", "equation", "gamma" if row[0] < 1 else
-                                    "along" if row[1] == "value" else "terminal")) for row in HAND])
+    pytest.param(*row, marks=points("shaping", "equation", part)) for row, part in zip(
+        HAND, ("terminal", "along", "terminal", "rows", "gamma", "rows"))])
 def test_shaping_by_hand(gamma, terminal, psi):
     """Potentials (2, 5, 3), the finished answer's value 4. With gamma 1 and "value": 5-2, 3-5, 4-3.
     "zero" ends with 0-3, "hold" with 3-3. With gamma 0.9: .9*5-2, .9*3-5, .9*4-3; "hold" ends
@@ -388,12 +388,12 @@ def test_shaping_by_hand(gamma, terminal, psi):
 
 @points("shaping", "equation", "rows")
 def test_gamma_below_one_is_a_length_bias():
-    """Constant potential 10, gamma 0.7, terminal 0. Three tokens: -3 -3 -10 = -16. One token: -10
-    (7 - 10 = -3 if the last column is taken for s_end). The longer answer is shaped down by 6
-    though nothing was learned."""
-    values, mask = torch.full((2, 4), 10.0), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
-    close(shaping(values, mask, 0.7, "zero").sum(-1), [-16, -10], mistakes={
-        "s_end is taken from the last column, which may be padding": [-16, -3]})
+    """Constant potential 10, gamma 0.7, terminal 0. One token: -10 (7 - 10 = -3 if the last column
+    is taken for s_end). Three tokens: -3 -3 -10 = -16. The longer answer is shaped down by 6 though
+    nothing was learned."""
+    values, mask = torch.full((2, 4), 10.0), torch.tensor([[1, 0, 0], [1, 1, 1]]).bool()
+    close(shaping(values, mask, 0.7, "zero").sum(-1), [-10, -16], mistakes={
+        "s_end is taken from the last column, which may be padding": [-3, -16]})
 
 
 @points("shaping", "equation", "rows")
