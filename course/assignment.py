@@ -92,9 +92,12 @@ def table():
 
 
 def main(arguments):
+    if arguments == ["--help"]:
+        print(__doc__)
+        return 0
     if arguments:
-        print("course.assignment: expected no arguments, got " + ascii(arguments)[:200]
-              + "; write python -m course.assignment > my_tvkd.py", file=sys.stderr)
+        print("course.assignment: expected no arguments, as in `python -m course.assignment > my_tvkd.py`, "
+              f"got {ascii(' '.join(arguments))[:200]}", file=sys.stderr)
         return 2
     sys.stdout.write(exercise((ROOT / "tvkd.py").read_text(encoding="utf-8")))
     return 0

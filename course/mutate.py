@@ -218,6 +218,9 @@ def prepare():
 
 
 def main(only=()):
+    if list(only) == ["--help"]:
+        print(__doc__)
+        return 0
     source = (ROOT / "tvkd.py").read_text(encoding="utf-8")
     todo = mutants(source)
     functions = list(dict.fromkeys(mutant.function for mutant in todo))

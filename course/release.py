@@ -99,6 +99,9 @@ def check(folder):
 
 
 def main(arguments):
+    if arguments == ["--help"]:
+        print(__doc__)
+        return 0
     folders = [x for x in arguments if not x.startswith("-")]
     numbers = [x.removeprefix("--variant=") for x in arguments if x.startswith("--variant=")]
     wrong = [x for x in arguments if x.startswith("-") and not x.startswith("--variant=")]

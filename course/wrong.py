@@ -207,6 +207,8 @@ def main(arguments):
         for name, mistake in MISTAKES.items():
             print(f"{name:24}{mistake.function:16}{mistake.kind}")
         print(f"{'naive':24}{'all':16}robustness")
+    elif arguments == ["--help"]:
+        print(__doc__)
     elif arguments == ["naive"]:
         sys.stdout.write(solution(bodies=NAIVE))
     elif len(arguments) == 1 and arguments[0] in MISTAKES:
