@@ -165,7 +165,7 @@ class Grader:
             if target is not None:
                 remove_own(option, target)
         self.tests = {name: {kind: Tests() for kind in KINDS} for name in GRADED}
-        self.tested = TOGETHER
+        self.tested, self.problem = TOGETHER, None
         self.calls = {}                         # function -> its latest call in this test
         self.line = ""                          # where the latest exception came from
         self.unwritten, self.dead = set(), {}
@@ -307,10 +307,15 @@ class Grader:
         out.section(f"points: {printable(self.path.name)}")
         for line in self.table():
             out.write_line(line)
+        if self.problem:
+            raise self.problem
 
     def pytest_sessionfinish(self, session):
         self.student.stop()
-        self.write()
+        try:
+            self.write()
+        except pytest.UsageError as error:
+            self.problem = error                # after the table, which is all that is left
 
     def pytest_unconfigure(self):
         self.student.stop()                     # after an error before the tests, too
@@ -379,7 +384,7 @@ class Grader:
         """The files of --json and --gradescope, whole or not at all. error: why nothing ran."""
         for content, path in self.targets.items():
             if path is not None:
-                part = path.with_name(path.name + ".part")
+                part = path.with_name(f"{path.name}.{os.getpid()}")
                 try:
                     part.write_text(json.dumps(content(error), indent=1) + "\n", encoding="utf-8")
                     os.replace(part, path)

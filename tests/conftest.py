@@ -11,15 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ROOT / "tests"
-sys.path[:0] = [str(ROOT), str(TESTS), str(TESTS / "system")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "system")]
 torch.set_num_threads(1)        # the tensors are small: two threads would wait for each other
-
-
-def pytest_addoption(parser):
-    parser.addoption("--impl", metavar="FILE", help="grade FILE instead of tvkd.py")
-    for option, metavar, text in GRADING:
-        parser.addoption(option, metavar=metavar, help=f"with --impl: {text}")
 
 
 GRADING = (("--function", "NAME", "test this function only"),
@@ -28,17 +21,22 @@ GRADING = (("--function", "NAME", "test this function only"),
            ("--gradescope", "FILE", "write the points to FILE in Gradescope's format"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--impl", metavar="FILE", help="grade FILE instead of tvkd.py")
+    for option, metavar, text in GRADING:
+        parser.addoption(option, metavar=metavar, help=f"with --impl: {text}")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out by the README's command, run by .ci/run")
-    config.addinivalue_line("markers", "points(function, kind='equation', part=''): the test decides "
-                                       "the function's points for its equation or its robustness")
+    config.addinivalue_line("markers", "points(function, kind, part): what the test decides")
     function, variant, *targets = (config.getoption(option) for option, _, _ in GRADING)
     if config.getoption("--impl") is not None:
         from course.grader import Grader
         folder = config.invocation_params.dir
-        config.pluginmanager.register(Grader(
-            folder / config.getoption("--impl"), function, variant,
-            *(None if target is None else folder / target for target in targets)))
+        targets = [target if target is None else folder / target for target in targets]
+        config.pluginmanager.register(
+            Grader(folder / config.getoption("--impl"), function, variant, *targets))
     for option, _, _ in GRADING:
         if config.getoption(option) is not None and config.getoption("--impl") is None:
             raise pytest.UsageError(f"{option}: expected --impl=FILE beside it")

@@ -53,16 +53,14 @@ def stubs_with(body):
 CHEATS = {
     "skips": stubs_with("import pytest; pytest.skip()"),
     "exits": stubs_with("import os; os._exit(0)"),
-    "exits_at_import": "import os\nos._exit(0)\n",
     "exits_by_pytest": "import pytest\npytest.exit('enough', returncode=0)\n",
-    "looks_for_tests": "import course.grader, conftest, tvkd\n",
-    "patches_all": "import sys\nfor module in list(sys.modules.values()):\n    for name in ('points', "
-                   "'close', 'is_close', 'Grader'):\n        if hasattr(module, name):\n"
+    "patches_all": "import sys\nfor module in list(sys.modules.values()):\n"
+                   "    for name in ('points', 'close', 'is_close', 'Grader'):\n"
+                   "        if hasattr(module, name):\n"
                    "            setattr(module, name, lambda *a, **k: True)\n"
                    + stubs_with("return torch.zeros(1)"),
-    "fakes_answers": "import os\nfor pipe in range(3, 20):\n    try: os.write(pipe, b'{}\\n' * 99)\n"
-                     "    except OSError: pass\n",
-    # each of two functions in terms of the other; soft_value of a bound method is no tensor
+    "fakes_answers": "import os\nfor pipe in range(3, 20):\n"
+                     "    try: os.write(pipe, b'{}\\n' * 99)\n    except OSError: pass\n",
     "circle": solution(bodies={
         **dict.fromkeys(FUNCTIONS, "raise NotImplementedError"),
         "dpo_loss": "return tvkd_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, "
@@ -82,7 +80,6 @@ JOBS |= {
     "empty": (exercise(SOURCE), []),
     "one_function": (exercise(SOURCE), ["--function=kd_loss"]),
     "no_such_function": (SOURCE, ["--function=loss"]),
-    "key1": (Variant(1).key_source(), ["--variant=1"]),
     "last_year": (Variant(1).key_source(), ["--variant=2"]),
 }
 
@@ -94,7 +91,7 @@ mutate.prepare()
 status = {}
 for name, options in json.loads(sys.argv[1]).items():
     files = ["test_tvkd.py", "test_hidden.py"]
-    files += ["test_shaping_invariance.py"] * (name in ("plus", "right", "key1"))
+    files += ["test_shaping_invariance.py"] * (name in ("plus", "right"))
     options += [f"--impl={name}.py", f"--json={name}.json"]
     status[name] = mutate.grade(name + ".txt", *options, *(sys.argv[2] + file for file in files))
 print(json.dumps(status))
@@ -207,7 +204,7 @@ def test_the_empty_assignment_gets_none_and_a_short_answer(graded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHEATS)
+@pytest.mark.parametrize("name", [*CHEATS, "last_year"])
 def test_a_cheat_gets_no_more_than_an_empty_file(graded, name):
     """The file says so, too; of tvkd_loss = dpo_loss and dpo_loss = tvkd_loss, the later one may
     call the earlier one of the solution, and no more."""
@@ -356,9 +353,9 @@ def test_an_earlier_function_is_the_solutions(student):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("body, kind, text", [
-    ("return [1.0]", TypeError, "expected a tensor"), ("return None", TypeError, "expected a tensor"),
-    ("raise ValueError('no')", ValueError, "no"), ("1 / 0", Exception, "ZeroDivisionError"),
-    ("exit(0)", Exception, "SystemExit"), ("import os; os._exit(0)", TimeoutError, "ended by itself"),
+    ("return [1.0]", TypeError, "expected a tensor"), ("1 / 0", Exception, "ZeroDivisionError"),
+    ("raise ValueError('no')", ValueError, "no"), ("exit(0)", Exception, "SystemExit"),
+    ("import os; os._exit(0)", TimeoutError, "ended by itself"),
     ("import ctypes; ctypes.string_at(0)", TimeoutError, "ended by itself"),
     ("import os; os.closerange(0, 99)", TimeoutError, "ended by itself"),
     ("while True: pass", TimeoutError, "no answer within"),
@@ -440,15 +437,6 @@ def test_a_key_under_its_adapter_is_tvkd(number):
 
 
 @pytest.mark.slow
-def test_last_years_file_scores_low(graded):
-    assert graded["key1"].record["points"] == 32 and graded["last_year"].record["points"] == 0
-    for number in range(1, len(VARIANTS)):                      # and after renaming?
-        changed = {change.function for change in Variant(number).changes}
-        changed ^= {change.function for change in Variant(number % 4 + 1).changes}
-        assert sum(GRADED[name].points for name in changed) >= 7
-
-
-@pytest.mark.slow
 def test_the_release_has_no_solution_and_works(tmp_path):
     """0 points as it is and all with the key; nothing of the bodies, the loops or the proofs."""
     folder, key = tmp_path / "course", tmp_path / "course-key"
@@ -465,7 +453,7 @@ def test_the_release_has_no_solution_and_works(tmp_path):
     for _ in range(2):
         command = [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "--impl=my_tvkd.py",
                    "--json=points.json", "tests/test_tvkd.py"]
-        subprocess.run(command, cwd=folder, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+        subprocess.run(command, cwd=folder, capture_output=True)
         points.append(json.loads((folder / "points.json").read_text(encoding="utf-8"))["points"])
         (folder / "my_tvkd.py").write_bytes((key / "my_tvkd.py").read_bytes())
     assert points == [0, 32]
@@ -488,7 +476,7 @@ def test_close_says_what_differs():
     conftest.close(torch.tensor([1.0, 2.0]), [1.0, 2.0 + 1e-7])
     got, expected = torch.zeros(6, 9).double(), torch.zeros(6, 9).double()
     got[1, 2], got[4, 0] = 0.5, math.nan                        # a large one: the first difference
-    with pytest.raises(AssertionError, match=r"0.0 at index \[1, 2\]\n     got 0.5; 2 of 54 differ"):
+    with pytest.raises(AssertionError, match=r"at index \[1, 2\]\n     got 0.5; 2 of 54 differ"):
         conftest.close(got, expected)
 
 
