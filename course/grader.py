@@ -280,7 +280,8 @@ class Grader:
         tests, before = self.tests[name][kind], self.tests[name]["equation"]
         out_of = getattr(GRADED[name], "points" if kind == "equation" else kind)
         judged = kind == "equation" or not before.failures
-        decided = tests.failures or not judged or all(t.ran == t.count for t in (tests, before))
+        decided = not judged or bool(tests.failures) or all(
+            t.ran == t.count for t in (tests, before))
         points, message = None, None
         if decided:
             whole = [all(passed) for passed in tests.parts.values()]

@@ -264,7 +264,7 @@ def test_what_a_student_reads_about_a_plus_sign(graded):
     assert entry["equation"]["message"].startswith("test_tvkd_by_hand[0.5")
     assert re.search(r"^tvkd_loss +0 of  3 +\(1 of 6\) +not judged$", plus.output, re.MULTILINE)
     assert f"not judged: {NOT_JUDGED}; until then" in plus.output
-    assert entry["equation"]["judged"] and not entry["robustness"]["judged"]
+    assert (entry["equation"]["judged"], entry["robustness"]["judged"]) == (True, False)
     assert (entry["robustness"]["points"], entry["robustness"]["message"]) == (0, NOT_JUDGED)
     together = plus.record["functions"][TOGETHER]["equation"]
     assert 0 < together["passed"] < together["tests"] and together["points"] == 0
