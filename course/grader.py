@@ -106,6 +106,7 @@ class Student:
             cwd=self.folder.name, env={**env, "OMP_NUM_THREADS": "1"}, start_new_session=True)
         self.peer = Peer(self.process.stdout, self.process.stdin)
         try:
+            self.limited(self.peer.receive, seconds=10 * SECONDS)
             answer = self.limited(self.peer.ask, ask="load", source=self.source, names=self.names)
             raise_error(answer)
             self.missing = [name for name in self.names if name not in answer["functions"]]
@@ -130,9 +131,9 @@ class Student:
         self.peer.functions = {other: getattr(self.reference, other) for other in served}
         return self.limited(self.peer.call, name, *args, request={"served": served}, **kwargs)
 
-    def limited(self, function, *args, **kwargs):
+    def limited(self, function, *args, seconds=None, **kwargs):
         """A call in its process; TimeoutError where it does not come back in time or at all."""
-        timer = threading.Timer(SECONDS, kill, (self.process,))
+        timer = threading.Timer(seconds or SECONDS, kill, (self.process,))
         timer.start()
         start = time.monotonic()
         try:

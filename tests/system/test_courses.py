@@ -88,6 +88,7 @@ GRADE_ALL = """
 import json, sys
 from course import mutate
 mutate.prepare()
+mutate.SECONDS = 600
 status = {}
 for name, options in json.loads(sys.argv[1]).items():
     files = ["test_tvkd.py", "test_hidden.py"]
