@@ -18,8 +18,7 @@ class Task(NamedTuple):
 def load_task(config, seed, pairs=None):
     """The toy task, or `pairs`, the preferences of --data -> Task. Prints what was left out."""
     print(f"seed {seed}")
-    sizes = config.train_pairs, config.val_pairs, config.test_pairs
-    room, fitting = config.block_size, []
+    *sizes, room = config.train_pairs, config.val_pairs, config.test_pairs, config.block_size
     if pairs is None:
         prompts = len(data.THINGS) * math.prod(map(len, data.FACTS))
         if sum(sizes) > prompts:
@@ -34,11 +33,11 @@ def load_task(config, seed, pairs=None):
               f"; kept: {repeated} that repeat another, {contradicted} that another contradicts")
     tokenizer = (named_tokenizer(config.tokenizer) if config.tokenizer else
                  learn_tokenizer(texts.train, config.vocab_size))
+    fitting = []
     for name, items in texts._asdict().items():
         fits, ids, cut = data.encode(counted(items, f"{name} tokenised", "rows"), tokenizer, room)
         if not ids:
-            raise UserError(f"--block_size: expected room for a prompt and a response ({name}), "
-                            f"got {room}")
+            raise UserError(f"--block_size: expected room for a prompt and a response, got {room}")
         fitting.append((fits, ids))
         print(f"  {name}: {len(ids)} of {len(items)} rows; {cut} with the prompt cut from the left,"
               f" {len(items) - len(ids)} dropped because a response does not fit in {room} tokens")
