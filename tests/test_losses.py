@@ -167,7 +167,6 @@ class Slopes:
     slopes: list
     begun: int = 1              # calls wait until so many have begun
     slow: int = -1              # the index that comes late
-
     def __post_init__(self):
         self.lengths, self.seen = [[10]] * len(self.slopes), []
         self.barrier = threading.Barrier(self.begun)
@@ -245,12 +244,13 @@ def test_parts_of_by_hand(lengths, most, sizes):
 def test_cut_by_hand():
     """Rows of 5, 2, 3, 2, 4 tokens, 16 in all. Sorted 2, 2, 3, 4, 5: the first three have 7 of 8
     tokens, four would have 11; 7 of 3 * 3 is too much padding, 9 of 2 * 5 is not. Of one index,
-    one thread or one index at a time there is no second half. Pairs are read two rows at a time,
-    short ones first: of 1, 9 and 2, 8 tokens 2 * 2 + 2 * 9 = 22 with padding."""
+    one thread or one index at a time there is no second half; of three at a time, each half has
+    one. Pairs are read two rows at a time, short ones first: of 1, 9 and 2, 8 tokens 4 + 18."""
     lengths = [[5], [2], [3], [2], [4]]
     assert cut(lengths, [0, 1, 2, 3, 4], 0, 2) == [[[1, 3], [2]], [[4, 0]]]
     assert cut(lengths, [2], 0, 2) == [[[2]]] and cut(lengths, [1, 3], 0, 1) == [[[1, 3]]]
     assert cut(lengths, [1, 3], 1, 2) == [[[1], [3]]] and padded([0, 1], [[1, 9], [2, 8]]) == 22
+    assert cut([[9]] * 4, [0, 1, 2, 3], 3, 2) == [[[0], [1]], [[2], [3]]]
 
 
 @pytest.mark.parametrize("rank, world, slopes, mine, others, mean", [
