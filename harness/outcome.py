@@ -55,9 +55,9 @@ class Outcome:
         fill(rows, {label: keep.alone(f"{label}.row", measure, *model, test)
                     for label, model in models.items()})
         kinds = dict(label.split()[1].split("/") for label in models if " " in label)
-        kinds.pop("given", None)                    # known for finished answers alone
         shown = [keep.alone(f"{kind}.psi", psi_of_pairs, kind, terminal, config.gamma,
-                            *models["teacher"], test) for kind, terminal in kinds.items()]
+                            *models["teacher"], test)
+                 for kind, terminal in kinds.items() if kind != "given"]
         self.rows, self.shown = self.rows + rows, self.shown + shown
         trained = {label: model for label, (model, _, _) in models.items()}
         sft = {"teacher-sft": models["teacher"][1]} if "teacher" in models else {}
@@ -76,9 +76,8 @@ class Outcome:
         print(f"\n{table(rows)}")
 
     def save(self):
+        """results.json and the page. JSON has no NaN, and a path may hold bytes that are no text."""
         out, config = self.keep.out, asdict(self.config)
-        # A path may hold bytes that are no text. What is not finite becomes null: a mean over
-        # nothing is unknown, and JSON has no NaN.
         results = json.loads(json.dumps({
             "config": {k: printable(x) if isinstance(x, str) else x for k, x in config.items()},
             "rows": [row.flat() for row in self.rows],
@@ -105,9 +104,8 @@ class Outcome:
                  if self.past.get(seed, {}).get(label, digest) != digest]
         if again and (out / "scores.jsonl").exists():
             print(f"scores.jsonl is of {', '.join(again)} as they were before; repeat --score")
-        print(f"\n{time.perf_counter() - self.started:.0f} s; rows in "
-              f"{printable(out / 'results.json')}, pairs and curves in "
-              f"{printable(out / 'report.html')}")
+        print(f"\n{time.perf_counter() - self.started:.0f} s; rows in {printable(out)}/results.json, "
+              f"pairs and curves in {printable(out)}/report.html")
 
 
 def exit_code(run, argv, *args, program="train.py"):
@@ -129,12 +127,15 @@ def exit_code(run, argv, *args, program="train.py"):
         status, message = 2 if isinstance(error, UserError) else 1, error
     except KeyboardInterrupt:
         status, message = 130, "stopped; the same command continues from here"
-    except BrokenPipeError:                         # the reader, such as head, has gone
-        status, message = 141, "stopped: nobody reads its output; the same command continues"
-        stdout_is_lost()
     except OSError as error:
-        where = "stdout: " if stdout_is_lost() else ""
-        status, message = 2, f"expected files that can be read and written: {where}{error}"
+        status, message = 2, f"expected files that can be read and written: {error}"
+        try:
+            print(end="", flush=True)
+        except OSError:                             # what is left to print goes nowhere, in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            message = f"expected files that can be read and written: stdout: {error}"
+        if isinstance(error, BrokenPipeError):      # the reader, such as head, has gone
+            status, message = 141, "stopped: nobody reads its output; the same command continues"
     except (MemoryError, RuntimeError) as error:    # torch has no type for memory of the CPU
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not known and "DefaultCPUAllocator" not in str(error):
@@ -152,13 +153,3 @@ def exit_code(run, argv, *args, program="train.py"):
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(
             {"message": one_line(message), "timestamp": int(time.time())}), encoding="utf-8")
     return status
-
-
-def stdout_is_lost():
-    """Whether stdout takes no more. What is left to print then goes nowhere, in silence."""
-    try:
-        print(end="", flush=True)
-        return False
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
