@@ -76,7 +76,7 @@ class Outcome:
         print(f"\n{table(rows)}")
 
     def save(self):
-        """results.json and the page. JSON has no NaN, and a path may hold bytes that are no text."""
+        """The page and results.json: JSON has no NaN, and a path may hold bytes that are no text."""
         out, config = self.keep.out, asdict(self.config)
         results = json.loads(json.dumps({
             "config": {k: printable(x) if isinstance(x, str) else x for k, x in config.items()},
@@ -104,8 +104,8 @@ class Outcome:
                  if self.past.get(seed, {}).get(label, digest) != digest]
         if again and (out / "scores.jsonl").exists():
             print(f"scores.jsonl is of {', '.join(again)} as they were before; repeat --score")
-        print(f"\n{time.perf_counter() - self.started:.0f} s; rows in {printable(out)}/results.json, "
-              f"pairs and curves in {printable(out)}/report.html")
+        print(f"\n{time.perf_counter() - self.started:.0f} s; in {printable(out)}: the rows in "
+              "results.json, pairs and curves in report.html")
 
 
 def exit_code(run, argv, *args, program="train.py"):
