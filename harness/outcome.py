@@ -76,7 +76,7 @@ class Outcome:
         print(f"\n{table(rows)}")
 
     def save(self):
-        """The page and results.json: JSON has no NaN, and a path may hold bytes that are no text."""
+        """The page, and results.json: JSON has no NaN, and not every path is text."""
         out, config = self.keep.out, asdict(self.config)
         results = json.loads(json.dumps({
             "config": {k: printable(x) if isinstance(x, str) else x for k, x in config.items()},
