@@ -25,11 +25,6 @@ def make_side(tokens, psi, phi, **more):
             "kinds": [*[""] * (len(tokens) - 1), "EOS"], **more}
 
 
-def make_pair(chosen, rejected, value="implicit", terminal="value", seed=0, prompt="p"):
-    return {"seed": seed, "prompt": prompt, "value": value, "terminal": terminal,
-            "chosen": chosen, "rejected": rejected}
-
-
 def make_row(label, reward, vs_dpo=None, seed=0, acc_vs_dpo=None):
     return Row(label, seed, {
         "pref_n": 20, "reward": reward, "reward_ci": None if reward is None else 0.5,
@@ -39,15 +34,14 @@ def make_row(label, reward, vs_dpo=None, seed=0, acc_vs_dpo=None):
 
 
 ROWS = [make_row("sft", 1.0, -1.0), make_row("dpo", 2.0), make_row("tvkd implicit/value", 4.0, 2.0)]
-PAIR = make_pair(make_side(TOKENS, [1.0, -2.0, -0.5, 0.0, 0.0, 0.0, 3.5],
-                           [0.0, 1.0, -1.0, -1.5, -1.5, -1.5, -1.5, 2.0], reward=2.0),
-                 {**make_side(["a", "<|endoftext|>"], [0.5, -1.5], [0.0, 0.5, -1.0], reward=-1.5),
-                  "kinds": ["wrong", "EOS"]})
+PAIR = {"seed": 0, "prompt": "p", "value": "implicit", "terminal": "value",
+        "chosen": make_side(TOKENS, [1.0, -2.0, -0.5, 0.0, 0.0, 0.0, 3.5],
+                            [0.0, 1.0, -1.0, -1.5, -1.5, -1.5, -1.5, 2.0], reward=2.0),
+        "rejected": {**make_side(["a", "<|endoftext|>"], [0.5, -1.5], [0.0, 0.5, -1.0],
+                                 reward=-1.5), "kinds": ["wrong", "EOS"]}}
 
 
 class Page(HTMLParser):
-    """The parts of a page that tests ask for: tokens, lines of the table, figures."""
-
     def __init__(self, text):
         super().__init__()
         self.source, self.tags, self.text, self.into = text, set(), "", {}
@@ -86,7 +80,6 @@ class Page(HTMLParser):
 
 
 def make_page(rows=ROWS, shown=((PAIR,),), log=(), **config):
-    config = {"alpha": 0.5, **config}
     return Page(report.page(SimpleNamespace(**config), list(rows), list(shown), list(log)))
 
 
@@ -133,20 +126,17 @@ def test_psi_in_the_terminal(capsys):
     """psi 2, -1, 0 of a largest 2: tint levels 4 (more), 2 (less), 0; white space gets a sign."""
     side = {"tokens": [" red", "\n", "x\x1b"], "psi": [2.0, -1.0, 0.0]}
     pair = {"value": "implicit", "terminal": "value", "chosen": side, "rejected": side}
-    table.show_psi(pair, colour=False, width=80)
-    expected = "chosen (sum +1.00):\n  red[+2.00] \u2423[-1.00] x\ufffd[+0.00]\n"
+    table.show_psi(pair, colour=False, width=21)                # exactly two
+    expected = "chosen (sum +1.00):\n  red[+2.00] \u2423[-1.00]\n  x\ufffd[+0.00]\n"
     assert expected in capsys.readouterr().out
-    table.show_psi(pair, colour=False, width=14)                # too narrow for two in a line
-    assert "\n  red[+2.00]\n  \u2423[-1.00]\n  x\ufffd[+0.00]\n" in capsys.readouterr().out
     table.show_psi(pair, colour=True, width=80, most=2)
     out = capsys.readouterr().out
     assert f"48;5;{table.TINTS[4]}mred\033[0m[+2.00]" in out
     assert f"48;5;{table.TINTS[-2]}m\u2423" in out and out.count("... and 1 more") == 2
 
 
-@pytest.mark.parametrize("terminal, last, total", [("value", 9.0, -1.0), ("hold", 12.0, 2.0),
-                                                   ("zero", 0.0, -10.0)])
-def test_psi_of_pairs_by_hand(monkeypatch, terminal, last, total):
+@pytest.mark.parametrize("terminal, last", [("value", 9.0), ("hold", 12.0), ("zero", 0.0)])
+def test_psi_of_pairs_by_hand(monkeypatch, terminal, last):
     """V = 7, 10, 12, 9 of prompt 1 2, response 3 EOS: s_p has 10, and psi = 12 - 10 and Phi(s_end)
     - 12, with Phi(s_end) 9, 12 or 0. V = 7, 10, 4 of the other response, EOS alone."""
     monkeypatch.setattr(psi, "state_values", lambda *args: [
@@ -160,8 +150,7 @@ def test_psi_of_pairs_by_hand(monkeypatch, terminal, last, total):
     assert shown == {"seed": 5, "value": "new", "terminal": terminal, "prompt": "the cat: red"}
     assert chosen == {"tokens": [" red", "<EOS>"], "kinds": ["right", "EOS"], "reward": 0.0,
                       "phi": [10.0, 12.0, last], "psi": [2.0, last - 12.0]}   # red - no thing = 0
-    assert sum(chosen["psi"]) == total and rejected["tokens"] == ["<EOS>"]
-    assert rejected["phi"][0] == 10.0
+    assert rejected["tokens"] == ["<EOS>"] and rejected["phi"][0] == 10.0
 
 
 def test_token_kinds_by_hand():
@@ -208,8 +197,8 @@ def test_hostile_texts_come_out_as_text():
 
 def test_which_pairs_are_shown():
     """Those of the first seed, under each value."""
-    other = make_pair(make_side(["b"], [1.0], [0.0, 1.0]), make_side(["c"], [1.0], [0.0, 1.0]),
-                      "largest logit", "hold")
+    side = make_side(["b"], [1.0], [0.0, 1.0])
+    other = {**PAIR, "value": "largest logit", "terminal": "hold", "chosen": side, "rejected": side}
     page = make_page(shown=[[PAIR], [other], [{**PAIR, "prompt": "of another seed", "seed": 1}]])
     assert len(page.tokens) == 9 + 2 and "another seed" not in page.text
     assert "implicit/value" in page.text and "largest logit/hold" in page.text
@@ -220,8 +209,7 @@ def test_which_pairs_are_shown():
 
 def test_the_table_of_the_page():
     """That of the terminal, cell by cell, intervals and footnote too."""
-    page = make_page()
-    rest = ["0.750 \u00b1 0.125", "3.50", "12.2"]
+    page, rest = make_page(), ["0.750 \u00b1 0.125", "3.50", "12.2"]
     assert page.table == [
         ["model", "true reward", "minus DPO", "held-out accuracy", "KL to reference", "tokens"],
         ["sft", "1.00 \u00b1 0.50", "-1.00 \u00b1 0.25", *rest],
@@ -268,7 +256,6 @@ def test_ticks():
 
 def test_nothing_on_the_network_and_every_tag_closed():
     page = make_page(log=make_log())
-    assert "--alpha=0.5" in page.text
     source, policies = re.subn(r"<meta http-equiv[^>]*default-src 'none'[^>]*>", "", page.source)
     assert policies == 1 and "script" not in page.source
     assert not re.search(r"https?:|//|url\(|@import|\bsrc\b|\bhref\b|<link", source)
