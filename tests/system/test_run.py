@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -471,11 +470,6 @@ def print_to_full():
     sys.stdout = open("/dev/full", "w", encoding="utf-8")
 
 
-def delete_working_folder():
-    os.chdir(tempfile.mkdtemp())
-    os.rmdir(os.getcwd())
-
-
 def odd_surroundings():
     """A terminal in ASCII, which has no \u00b1, and what another program's processes left in the
     environment: nobody waits for a second process."""
@@ -489,7 +483,6 @@ def odd_surroundings():
     (print_to_nobody, 141, "stopped: nobody reads its output; the same command continues"),
     (print_to_full, 2, "expected files that can be read and written: stdout: [Errno 28] No space "
      "left on device"),
-    (delete_working_folder, 2, "expected a working folder that exists, got one that was deleted"),
 ])
 def test_surroundings(tmp_path, prepare, status, message):
     """A run in a process of its own, after prepare(): it ends well, or in one line."""
@@ -509,6 +502,14 @@ def test_surroundings(tmp_path, prepare, status, message):
 
 
 @pytest.mark.slow
+def test_a_deleted_working_folder(tmp_path):
+    command = ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', tmp_path, sys.executable,
+               ROOT / "train.py"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        2, "expected a working folder that exists, got one that was deleted\n")
+
+
 def test_ctrl_c_again_and_again_while_the_command_ends(tmp_path):
     """Five of them, 10 ms apart: lines of this program and nothing else, whenever they come."""
     command = [sys.executable, "-W", "error", str(ROOT / "train.py"), *TINY, f"--out={tmp_path}",
