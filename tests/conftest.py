@@ -18,21 +18,28 @@ torch.set_num_threads(1)        # the tensors are small: two threads would wait 
 
 def pytest_addoption(parser):
     parser.addoption("--impl", metavar="FILE", help="grade FILE instead of tvkd.py")
-    parser.addoption("--function", metavar="NAME", help="with --impl: test this function only")
-    parser.addoption("--json", metavar="FILE", help="with --impl: write the points to FILE")
+    for option, metavar, text in GRADING:
+        parser.addoption(option, metavar=metavar, help=f"with --impl: {text}")
+
+
+GRADING = (("--function", "NAME", "test this function only"),
+           ("--variant", "N", "the convention that course/release.py gave to students"),
+           ("--json", "FILE", "write the points to FILE"),
+           ("--gradescope", "FILE", "write the points to FILE in Gradescope's format"))
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out by the README's command, run by .ci/run")
-    config.addinivalue_line("markers", "points(function, kind='equation'): the test decides the "
-                                       "function's points for its equation or its robustness")
+    config.addinivalue_line("markers", "points(function, kind='equation', part=''): the test decides "
+                                       "the function's points for its equation or its robustness")
+    function, variant, *targets = (config.getoption(option) for option, _, _ in GRADING)
     if config.getoption("--impl") is not None:
         from course.grader import Grader
-        folder, output = config.invocation_params.dir, config.getoption("--json")
-        config.pluginmanager.register(Grader(folder / config.getoption("--impl"),
-                                             config.getoption("--function"),
-                                             output and folder / output))
-    for option in ("--function", "--json"):
+        folder = config.invocation_params.dir
+        config.pluginmanager.register(Grader(
+            folder / config.getoption("--impl"), function, variant,
+            *(None if target is None else folder / target for target in targets)))
+    for option, _, _ in GRADING:
         if config.getoption(option) is not None and config.getoption("--impl") is None:
             raise pytest.UsageError(f"{option}: expected --impl=FILE beside it")
 
