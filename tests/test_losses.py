@@ -1,4 +1,4 @@
-"""The losses and the training loop of train.py: sums by hand, steps by hand, what stays frozen."""
+"""train.py's losses, the gradient of a batch and `fit`: sums and steps by hand."""
 
 import copy
 import math
@@ -11,62 +11,63 @@ import pytest
 import torch
 
 import data
-import train
 from conftest import close
 from data import Example, Pair
-from harness.evaluate import is_correct, reward_margins
+from harness import steps
+from harness.errors import CheckFailed
 from harness.options import Recipe
-from harness.processes import two_at_once, two_halves
 from harness.progress import Progress
-from model import (GPT, GPTConfig, action_psi, both_responses, frozen_copy, response_logps,
-                   rows_logps, state_values, summed_psi)
-from train import (DPO, KD, TVKD, Likelihood, check_start, dpo_loss_at_start, fit, gradient,
-                   schedule, tvkd_loss_at_start)
+from harness.steps import cut, gradient, padded, parts_of, two_at_once
+from model import (GPT, GPTConfig, action_psi, both_responses, frozen_copy, pair_logps,
+                   response_logps, rows_logps, state_values, summed_psi)
+from test_model import fixed
+from train import DPO, KD, TVKD, Likelihood, SoftDPO, check_start, fit
 from tvkd import implicit_value, kd_loss, sequence_logps
 
-EVERY = torch.arange(5)
+LN2 = math.log(2)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
 def small():
-    """A student, its frozen reference, a teacher, and 5 pairs with responses of 1 to 30 tokens."""
-    models = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        models.append(GPT(GPTConfig(50, 40, 1, 2, 8)))
+    """A student, its frozen reference, a teacher, and 5 pairs with responses of 1 to 30 tokens. In
+    float64, so that sums of 155 terms in another order differ by less than 1e-12 of their size."""
+    torch.manual_seed(0)
+    student, teacher = (GPT(GPTConfig(50, 40, 1, 2, 8)).double() for _ in range(2))
     pairs = [Pair([1, 2], list(range(n)), [5] * (31 - n)) for n in (3, 30, 7, 1, 12)]
-    return SimpleNamespace(student=models[0], ref=frozen_copy(models[0]),
-                           teacher=frozen_copy(models[1]), pairs=pairs, both=both_responses(pairs))
+    ref = frozen_copy(student)
+    return SimpleNamespace(student=student, ref=ref, teacher=frozen_copy(teacher), pairs=pairs,
+                           both=both_responses(pairs), ref_logps=pair_logps(ref, pairs))
 
 
-def logps_of(model, small):
-    return rows_logps(model, small.both, 3).view(2, -1)
+def recipe(steps, lr, batch_size=8, micro_batch=0):
+    return Recipe(steps, lr, batch_size, micro_batch, log_interval=1, eval_interval=1)
 
 
 # --- the losses ----------------------------------------------------------------------------------
 
-def uniform():
-    """A model of 4 ids whose logits are all 0: log pi = -ln 4 for every token."""
-    model = GPT(GPTConfig(4, 8, 1, 1, 4))
-    with torch.no_grad():
-        model.transformer.wte.weight.zero_()
-    return model
-
-
-# Both prompts 1 token; chosen 2 tokens, rejected 3 and the other way round.
+UNIFORM = fixed(0.25, 0.25, 0.25, 0.25)                     # log pi = -2 ln 2 for every token
+# Prompts of 1 token; chosen 2 tokens, rejected 3 and the other way round: -4 ln 2 and -6 ln 2. The
+# log-ratios to these references are 2 ln 2 (chosen), ln 2 (rejected), and in the second 0, 2 ln 2.
 PAIRS = [Pair([1], [2, 0], [2, 3, 0]), Pair([1], [3, 2, 0], [3, 0])]
-LN2 = math.log(2)
-# log pi is -2 ln 4 = -4 ln 2 for 2 tokens and -6 ln 2 for 3. The log-ratios to these references:
-# 2 ln 2 (chosen) and ln 2 (rejected) in the first pair, 0 and 2 ln 2 in the second.
 REF_LOGPS = LN2 * torch.tensor([[-6.0, -6.0], [-7.0, -6.0]])
 
 
 def test_likelihood_by_hand():
-    """Index 0 stands for 2 + 3 tokens, index 1 for 3: 8 ln 4 in sum; 1 + 2, 1 + 3, 1 + 3 ids."""
+    """Index 0 stands for 2 + 3 tokens, index 1 for 3: 16 ln 2 in sum; 1 + 2, 1 + 3, 1 + 3 ids."""
     rows = both_responses(PAIRS)
-    sums = Likelihood([(rows[0], rows[2]), (rows[1],)])(uniform(), torch.arange(2))
-    close(sums["loss"], 8 * math.log(4), 1e-5)
-    assert sums["n"] == 8 and sums["tokens"] == 3 + 4 + 4
+    loss = Likelihood([(rows[0], rows[2]), (rows[1],)])
+    sums = loss(UNIFORM, [0, 1])
+    close(sums["loss"], 16 * LN2, 1e-5)
+    close(loss(UNIFORM, [1])["loss"], 6 * LN2, 1e-5)
+    assert sums["n"] == 8 and loss.lengths == [[3, 4], [4]]
 
 
 def test_dpo_by_hand():
@@ -74,70 +75,69 @@ def test_dpo_by_hand():
 
     Losses ln(1 + 2^-1/2) = 0.534800 and ln(1 + 2) = 1.098612; one of two is ordered rightly.
     """
-    sums = DPO(PAIRS, REF_LOGPS, 0.5)(uniform(), torch.arange(2))
-    close(sums["loss"], 0.534800 + 1.098612, 1e-5)
-    close(sums["policy_chosen"], -10 * LN2, 1e-5)
-    close(sums["policy_rejected"], -10 * LN2, 1e-5)
-    close(sums["ref_chosen"], -12 * LN2, 1e-5)
-    close(sums["ref_rejected"], -13 * LN2, 1e-5)
-    close(sums["margin"], -LN2 / 2, 1e-5)
-    assert sums["accuracy"] == 1 and sums["n"] == 2 and sums["tokens"] == 3 + 4 + 4 + 3
+    loss = DPO(PAIRS, REF_LOGPS, 0.5)
+    expected = {"loss": 0.534800 + 1.098612, "n": 2, "policy_chosen": -10 * LN2,
+                "policy_rejected": -10 * LN2, "ref_chosen": -12 * LN2, "ref_rejected": -13 * LN2,
+                "margin": -LN2 / 2, "accuracy": 1}
+    with torch.no_grad():
+        sums = {name: float(x) for name, x in loss(UNIFORM, [1, 0]).items()}
+    assert sums == pytest.approx(expected, abs=1e-5) and loss.lengths == [[3, 4], [4, 3]]
+    close(loss(UNIFORM, [1])["loss"], 1.098612, 1e-5)
 
 
 def test_tvkd_by_hand():
     """As above with alpha 2 and psi ln 2 / 4 and 0, 0 and ln 2 / 2: offsets ln 2 / 2 and -ln 2.
 
     Both margins minus their offsets are 0, and so both losses are ln 2. The margin that is logged
-    is DPO's.
+    is DPO's. At the start -offset is left: ln(1 + 2^1/2) = 0.881374 and ln(1 + 2^-1) = 0.405465.
     """
     psi = LN2 * torch.tensor([[0.25, 0.0], [0.0, 0.5]])
-    sums = TVKD(PAIRS, REF_LOGPS, psi, 0.5, 2.0)(uniform(), torch.arange(2))
+    loss = TVKD(PAIRS, REF_LOGPS, 0.5, psi, 2.0)
+    sums = loss(UNIFORM, [0, 1])
     close(sums["loss"], 2 * LN2, 1e-5)
     close(sums["margin"], -LN2 / 2, 1e-5)
+    close(loss(UNIFORM, [1])["loss"], LN2, 1e-5)
+    close(loss.at_start([1, 0]), [0.405465, 0.881374], 1e-5)
 
 
-def test_an_index_selects_its_pair_and_what_belongs_to_it():
-    """Index 1 alone, then 1 and 0: the second pair's loss without psi, then the sum of both."""
-    psi = LN2 * torch.tensor([[0.25, 0.0], [0.0, 0.5]])
-    loss = TVKD(PAIRS, REF_LOGPS, psi, 0.5, 0.0)
-    close(loss(uniform(), torch.tensor([1]))["loss"], 1.098612, 1e-5)
-    close(loss(uniform(), torch.tensor([1, 0]))["loss"], 0.534800 + 1.098612, 1e-5)
-    shifted = TVKD(PAIRS, REF_LOGPS, psi, 0.5, 2.0)
-    close(shifted(uniform(), torch.tensor([1]))["loss"], LN2, 1e-5)
+def test_soft_dpo_by_hand():
+    """psi differs by 0 and ln 3, so p = 1/2 and 3/4. Margins m as above: ln 2 / 2 and -ln 2.
+
+    Loss p ln(1 + e^-m) + (1 - p) ln(1 + e^m): (0.534800 + 0.881374) / 2 = 0.708087, and
+    3/4 ln 3 + 1/4 ln(3/2) = 0.925326. Its slope in m is sigmoid(m) - p: 0.585786 - 1/2, 1/3 - 3/4;
+    times beta 1/2 in log pi(y_w), the opposite in log pi(y_l). At the start m = 0: ln 2.
+    """
+    psi = torch.tensor([[1.0, math.log(3)], [1.0, 0.0]])
+    loss, logps = SoftDPO(PAIRS, REF_LOGPS, 0.5, psi), pair_logps(UNIFORM, PAIRS).detach()
+    losses = loss.losses(logps.requires_grad_(), [0, 1])
+    close(losses, [0.708087, 0.925326], 1e-5)
+    slopes = torch.tensor([0.585786 - 0.5, 1 / 3 - 3 / 4]) / 2
+    close(torch.autograd.grad(losses.sum(), logps)[0], torch.stack([slopes, -slopes]), 1e-5)
+    close(loss(UNIFORM, [1])["loss"], 0.925326, 1e-5)
+    close(loss.at_start([0, 1]), [LN2, LN2])
 
 
 def test_kd_reads_the_teacher(small):
     """From itself: 0 and no gradient. From another teacher: the mean of all states at once."""
     for teacher, is_zero in ((small.ref, True), (small.teacher, False)):
-        sums = KD(small.pairs, teacher)(small.student, EVERY)
-        loss = sums["loss"] / sums["n"]
-        gradients = torch.autograd.grad(loss, list(small.student.parameters()))
+        sums = KD(small.pairs, teacher)(small.student, list(range(5)))
+        gradients = torch.autograd.grad(sums["loss"], list(small.student.parameters()))
         largest = max(gradient.abs().max().item() for gradient in gradients)
-        assert (abs(loss.item()) < 1e-6) == is_zero == (largest < 1e-6)
+        assert (sums["loss"].abs() < 1e-10) == is_zero == (largest < 1e-10)
     tokens, mask = data.collate(small.both)
-    close(loss, kd_loss(small.student(tokens), small.teacher(tokens), mask), 1e-5)
+    expected = kd_loss(small.student(tokens), small.teacher(tokens), mask)
+    close(sums["loss"] / sums["n"], expected, 1e-10)
     assert sums["n"] == 5 * 31
 
 
-def test_margins_by_hand():
-    """beta 0.1; log-ratios 2 and 0, 0 and 1, 3 and 3: margins 0.2, -0.1, 0: right, wrong, tie."""
-    zero = torch.zeros(3)
-    margins = reward_margins(torch.tensor([2.0, 0, 3]), torch.tensor([0.0, 1, 3]), zero, zero, 0.1)
-    close(margins, [0.2, -0.1, 0.0])
-    close(is_correct(margins), [1.0, 0.0, 0.5])
+# --- what is computed once -----------------------------------------------------------------------
 
-
-# --- what is cached ------------------------------------------------------------------------------
-
-def test_cache_is_the_live_score_of_each_row(small):
-    """Cached in batches sorted by length, looked up by index: what scoring each row alone gives.
-
-    psi sums to V(s_end) - V(s_p), and V(s_p) = 0.
-    """
-    both = small.both
-    logps = rows_logps(small.ref, both, 3)
-    values = state_values("implicit", small.teacher, small.ref, both, 0.5, 3)
-    soft = state_values("logits", small.teacher, small.ref, both, 0.5, 3)
+def test_what_is_computed_once_is_the_live_score_of_each_row(small):
+    """In batches sorted by length, looked up by index: what scoring each row alone gives. psi sums
+    to V(s_end) - V(s_p), and V(s_p) = 0."""
+    both, logps = small.both, rows_logps(small.ref, small.both, 3)
+    values, soft = (state_values(kind, small.teacher, small.ref, both, 0.5, 3)
+                    for kind in ("implicit", "logits"))
     psi = action_psi(values, both, 1.0, "value").sum(-1)
     for at_once in (3, 1000):
         close(summed_psi(values, both, 1.0, "value", at_once), psi, 1e-5)
@@ -145,13 +145,13 @@ def test_cache_is_the_live_score_of_each_row(small):
         tokens, mask = data.collate([row])
         ref, teacher = (response_logps(model, tokens, mask) for model in (small.ref, small.teacher))
         live = implicit_value(teacher, ref, mask, 0.5)[0]
-        close(logps[i], sequence_logps(ref, mask)[0], 1e-4)
-        close(values[i], live, 1e-4)
-        close(psi[i], live[-1], 1e-4)
+        close(logps[i], sequence_logps(ref, mask)[0], 1e-10)
+        close(values[i], live, 1e-10)
+        close(psi[i], live[-1], 1e-10)
         first = len(row.prompt) - 1                                     # no value before s_p
-        close(soft[i][first:], 0.5 * small.teacher(tokens)[0].logsumexp(-1)[first:], 1e-4)
+        close(soft[i][first:], 0.5 * small.teacher(tokens)[0].logsumexp(-1)[first:], 1e-10)
         assert values[i].shape == (len(row.prompt) + len(row.response),)
-        assert values[i].element_size() == 4 and not soft[i][:first].any()
+        assert not soft[i][:first].any()
 
 
 def test_psi_is_summed_in_float64():
@@ -165,19 +165,24 @@ def test_psi_is_summed_in_float64():
 
 @dataclass
 class Slopes:
-    """The loss slope * w of a model with one weight, for the slope of each index."""
+    """The loss slope * w of a model with one weight, for the slope of each index; 10 tokens each.
+
+    Notes what it is called with, and in which of torch's threads.
+    """
     slopes: list
+    begun: int = 1              # calls that wait until so many have begun
+    slow: int = -1              # the index that comes late
 
-    def __len__(self):
-        return len(self.slopes)
-
-    def rows(self, ids):
-        return [Example([0], [0] * 9) for _ in ids]
+    def __post_init__(self):
+        self.lengths, self.seen = [[10]] * len(self.slopes), []
+        self.barrier = threading.Barrier(self.begun)
 
     def __call__(self, model, ids):
-        slopes = torch.tensor([self.slopes[i] for i in ids.tolist()])
-        return {"loss": (slopes * model.weight.squeeze()).sum(), "n": len(ids),
-                "tokens": 10 * len(ids)}
+        self.barrier.wait(timeout=60)
+        self.seen.append((ids, torch.get_num_threads(), threading.get_ident()))
+        time.sleep(0.02 * (self.slow in ids))
+        slopes = torch.tensor([self.slopes[i] for i in ids])
+        return {"loss": (slopes * model.weight.squeeze()).sum(), "n": len(ids)}
 
 
 def one_weight(value=1.0):
@@ -186,91 +191,127 @@ def one_weight(value=1.0):
     return model
 
 
-def test_sums_by_hand():
-    """Slopes 8, 1, 1, 2: the gradient is 12 / 4 = 3 in micro-batches of any size.
+def test_gradient_by_hand(threads):
+    """Slopes 8, 1, 1, 2: the gradient is 12 / 4 = 3 in micro-batches of any size, in 3 + 1 as well,
+    where the mean of means would be (10/3 + 2) / 2 = 8/3."""
+    for n in (1, 2):
+        threads(n)
+        for micro_batch in (0, 1, 2, 3, 4, 9):
+            model, loss = one_weight(0.5), Slopes([8.0, 1, 1, 2])
+            total = gradient(model, loss, [0, 1, 2, 3], micro_batch)
+            close(model.weight.grad, [[3.0]])
+            assert total == {"loss": 6.0, "n": 4, "tokens": 40}
+            assert max(len(ids) for ids, *_ in loss.seen) <= (micro_batch or 4)
 
-    In 3 + 1 as well, where the mean of means would be (10/3 + 2) / 2 = 8/3.
-    """
-    for micro_batch in (0, 1, 2, 3, 4, 9):
-        model = one_weight(0.5)
-        total = gradient(model, model, Slopes([8.0, 1, 1, 2]), torch.arange(4), micro_batch)
-        close(model.weight.grad, [[3.0]])
-        assert total == {"loss": 6.0, "n": 4, "tokens": 40}
 
-
-def test_micro_batches_give_the_gradient_of_the_batch(small):
-    """Responses of unequal length: every loss on 5 pairs at once, or on 1, 2, 3 at a time."""
-    ref_logps, psi = logps_of(small.teacher, small), torch.randn(2, 5)
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_parts_give_the_gradient_of_the_batch(small, threads, n_threads):
+    """Responses of unequal length: every loss on 5 pairs at once, or in halves and parts. What
+    differs is rounding, relative to the norm of the whole gradient."""
+    threads(n_threads)
+    psi, pairs = torch.randn(2, 5).double(), (small.pairs, 2 * small.ref_logps, 0.5)
     for loss in (Likelihood([[row] for row in small.both[:5]]), KD(small.pairs, small.teacher),
-                 DPO(small.pairs, ref_logps, 0.5), TVKD(small.pairs, ref_logps, psi, 0.5, 1.0)):
-        sums = loss(small.student, EVERY)
-        mean = sums["loss"] / sums["n"]
-        expected = torch.autograd.grad(mean, list(small.student.parameters()))
-        for micro_batch in (0, 1, 2, 3):
-            small.student.zero_grad()
-            total = gradient(small.student, small.student, loss, EVERY, micro_batch)
-            close(total["loss"] / total["n"], mean, 1e-5)
-            for parameter, grad in zip(small.student.parameters(), expected):
-                torch.testing.assert_close(parameter.grad, grad, atol=1e-5, rtol=1e-4)
+                 DPO(*pairs), TVKD(*pairs, psi, 1.0), SoftDPO(*pairs, psi)):
+        sums = loss(small.student, list(range(5)))
+        parameters = list(small.student.parameters())
+        expected = torch.autograd.grad(sums["loss"] / sums["n"], parameters)
+        norm = torch.cat([x.flatten() for x in expected]).norm()
+        for micro_batch in (0, 1, 3):
+            total = gradient(small.student, loss, [3, 1, 0, 2, 4], micro_batch)
+            assert total["loss"] == pytest.approx(sums["loss"].item(), rel=1e-6)    # in float32
+            for parameter, grad in zip(parameters, expected):
+                close(parameter.grad / norm, grad / norm, 1e-12)
 
 
-def test_parts_leave_the_loss_as_it_is(small, monkeypatch):
-    """The rows of a batch pass the model in parts by length: of 1, 4 or all 6, the same sums."""
-    results = []
-    for size in (1, 4, 6):
-        monkeypatch.setattr(train, "part_size", lambda rows: size)
-        sums = DPO(small.pairs, torch.zeros(2, 5), 1.0)(small.student, torch.tensor([3, 0, 1]))
-        results.append([torch.as_tensor(x).item() for x in sums.values()])
-    assert results[0] == pytest.approx(results[1], abs=1e-3)
-    assert results[0] == pytest.approx(results[2], abs=1e-3)
-    assert results[0][-1] == 3 * (2 * 2 + 31)                           # "tokens"
+def test_two_threads_repeat_every_bit(threads):
+    """1e8 + 1 is 1e8 in float32, so the order of a sum shows. Whichever part comes late, one half
+    adds up to 1e8 and the other to -1e8."""
+    threads(2)
+    for slow in range(6):
+        model = one_weight(0.5)
+        gradient(model, Slopes([1e8, 1, 1, -1e8, 1, -1], slow=slow), list(range(6)), 2)
+        assert model.weight.grad.item() == 0
 
 
-def test_part_size_by_hand():
-    """12 rows of n, 2n, ..., 12n ids, 78n in all, sorted, padded in parts.
+@pytest.mark.parametrize("lengths, most, sizes", [
+    ([9, 10, 10, 12], 4, [2, 2]),       # 41 of 48 is less than seven eighths; 2 (10 + 12) = 44
+    ([9, 10, 11, 12], 4, [4]),          # 42 of 48
+    # 78n of 144n, of 6n (6 + 12) = 108n in two, of 4n (4 + 8 + 12) = 96n in three, of 90n in four
+    # (and five), of 2 * 42n = 84n in six, for any n
+    ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], 12, [2] * 6),
+    ([124] * 12, 12, [12]), ([125] * 12, 12, [6, 6]),           # 1,488 and 1,500 ids
+    ([2000] * 12, 12, [2] * 6),         # at most 8 parts
+    ([10] * 12, 5, [4, 4, 4]), ([10] * 12, 1, [1] * 12),        # but never more than `most` in one
+])
+def test_parts_of_by_hand(lengths, most, sizes):
+    parts = parts_of(list(range(len(lengths))), [[n] for n in lengths], most)
+    assert sum(parts, []) == list(range(len(lengths))) and [len(part) for part in parts] == sizes
 
-    78n of 144n in one part, of 6n (6 + 12) = 108n in two, of 4n (4 + 8 + 12) = 96n in three, of 90n
-    in four (and five), of 2 * 42n = 84n in six: more than seven eighths, for any n. Rows of 9, 10,
-    10, 12 ids: 41 of 48, and of 2 (10 + 12) = 44 in two; of 9, 10, 11, 12: 42 of 48 is seven
-    eighths. Rows of one length: 12 * 124 = 1,488 ids stay together, 12 * 125 = 1,500 do not. Never
-    more than 8 parts.
-    """
-    for last, size in ((10, 2), (11, 4)):
-        assert train.part_size([Example([1], [0] * (n - 1)) for n in (12, 9, 10, last)]) == size
-    for n in (1, 10):
-        rows = [Example([1], [0] * (n * i - 1)) for i in range(1, 13)]
-        assert train.part_size(rows[6:] + rows[:6]) == 2
-    for length, size in ((124, 12), (125, 6), (2000, 2)):
-        assert train.part_size([Example([1], [0] * (length - 1))] * 12) == size
+
+def test_cut_by_hand():
+    """Rows of 5, 2, 3, 2, 4 tokens, 16 in all. Sorted 2, 2, 3, 4, 5: the first three have 7 of 8
+    tokens, four would have 11; 7 of 3 * 3 is too much padding, 9 of 2 * 5 is not. Of one index,
+    one thread or one index at a time there is no second half. Pairs are read two rows at a time,
+    short ones first: of 1, 9 and 2, 8 tokens 2 * 2 + 2 * 9 = 22 with padding."""
+    lengths = [[5], [2], [3], [2], [4]]
+    assert cut(lengths, [0, 1, 2, 3, 4], 0, 2) == [[[1, 3], [2]], [[4, 0]]]
+    assert cut(lengths, [2], 0, 2) == [[[2]]] and cut(lengths, [1, 3], 0, 1) == [[[1, 3]]]
+    assert cut(lengths, [1, 3], 1, 2) == [[[1], [3]]] and padded([0, 1], [[1, 9], [2, 8]]) == 22
 
 
 class Elsewhere:
-    """all_reduce of a process to whose sums the others add theirs."""
+    """all_reduce of a process to whose tensors the others add theirs, one after the other."""
 
-    def __init__(self, others):
-        self.others, self.seen = torch.tensor(others), []
+    def __init__(self, *others):
+        self.others, self.seen = list(others), []
 
-    def __call__(self, total):
-        self.seen.append(total.tolist())
-        total += self.others
+    def __call__(self, tensor):
+        self.seen.append(tensor.flatten().tolist())
+        tensor += torch.tensor(self.others.pop(0))
 
 
-@pytest.mark.parametrize("rank, world, slopes, sums, others, grad", [
-    (0, 2, [8.0, 1, 1, 2], [9, 2, 20], [3.0, 2, 20], 9 * 2 / 4),
-    (1, 2, [8.0, 1, 1, 2], [3, 2, 20], [9.0, 2, 20], 3 * 2 / 4),
-    (2, 3, [7.0, 5], [0, 0, 0], [12.0, 2, 20], 0.0),
+@pytest.mark.parametrize("rank, world, slopes, mine, others, mean", [
+    (1, 2, [8.0, 1, 1, 2], [[3, 2], [3]], [[9.0, 2], [9.0]], 3),
+    (2, 3, [7.0, 5], [[0, 0], [0]], [[12.0, 2], [12.0]], 6),
 ])
-def test_the_share_of_a_process_by_hand(monkeypatch, rank, world, slopes, sums, others, grad):
-    """Of slopes 8, 1, 1, 2 one process has 9 and the other 3: times 2 / 4, so that the mean that
-    torch takes of the two, (4.5 + 1.5) / 2, is the 3 of the batch. The third of three processes
-    has no share of two pairs. It joins with 0 and learns the sums of the batch."""
-    model, all_reduce = one_weight(), Elsewhere(others)
-    monkeypatch.setattr(train, "rank_and_world", lambda: (rank, world))
+def test_the_share_of_a_process_by_hand(monkeypatch, rank, world, slopes, mine, others, mean):
+    """Of slopes 8, 1, 1, 2 one process has 8 + 1 and the other 1 + 2: 12 / 4 = 3 in both. The third
+    of three processes has no share of two pairs. It joins with 0, and has the mean of the batch."""
+    model, all_reduce = one_weight(), Elsewhere(*others)
+    monkeypatch.setattr(steps, "rank_and_world", lambda: (rank, world))
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    total = gradient(model, model, Slopes(slopes), torch.arange(len(slopes)), 0)
-    assert all_reduce.seen == [sums]
+    total = gradient(model, Slopes(slopes), list(range(len(slopes))))
+    assert all_reduce.seen == mine and model.weight.grad.item() == mean
     assert total == {"loss": 12, "n": len(slopes), "tokens": 10 * len(slopes)}
-    close(model.weight.grad, [[grad]])
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+def test_two_halves_side_by_side(threads, n_threads):
+    """Each half waits for the other to have begun, and has one of two threads, two of five."""
+    threads(n_threads)
+    loss = Slopes([8.0, 1, 1, 2], begun=min(2, n_threads))
+    gradient(one_weight(), loss, [0, 1, 2, 3])
+    halves, each, who = zip(*sorted(loss.seen))
+    assert halves == (([0, 1], [2, 3]) if n_threads > 1 else ([0, 1, 2, 3],))
+    assert set(each) == {max(1, n_threads // 2)} and len(set(who)) == min(2, n_threads)
+    assert torch.get_num_threads() == n_threads
+
+
+@pytest.mark.parametrize("bad, good", [("first", "second"), ("second", "first")])
+def test_an_error_in_one_half_waits_for_the_other(threads, bad, good):
+    """The error comes through once it has ended; the number of threads is what it was."""
+    threads(2)
+    ended = []
+    with pytest.raises(ValueError, match="half"):
+        two_at_once(fail_at, ["first", "second"], torch.device("cpu"), bad, ended)
+    assert ended == [good] and torch.get_num_threads() == 2
+
+
+def fail_at(bad, ended, item):
+    if item == bad:
+        raise ValueError("half")
+    time.sleep(0.05)
+    ended.append(item)
 
 
 # --- steps ---------------------------------------------------------------------------------------
@@ -282,53 +323,32 @@ class Watch(Progress):
         super().__init__("watched")
         self.weights = []
 
-    def after(self, step, steps, total, model, *others):
-        self.weights.append(model.weight.item())
+    def after(self, step, total):
+        self.weights.append(self.model.weight.item())
 
 
 class InTurn(Slopes):
-    """Slopes of successive steps instead of successive indices; one index."""
-
-    def __len__(self):
-        return 1
+    """Slopes of successive steps instead of successive indices."""
 
     def __call__(self, model, ids):
-        return {"loss": self.slopes.pop(0) * model.weight.sum(), "n": 1, "tokens": 1}
+        return {"loss": self.slopes.pop(0) * model.weight.sum(), "n": 1}
 
 
-class Root:
+class Root(Slopes):
     """The loss sqrt(0 w)."""
 
-    def __len__(self):
-        return 1
-
     def __call__(self, model, ids):
-        return {"loss": (0 * model.weight.sum()).sqrt(), "n": 1, "tokens": 1}
+        return {"loss": (0 * model.weight.sum()).sqrt(), "n": 1}
 
 
-@dataclass
-class Noting(Slopes):
-    """Notes the indices of every batch."""
-    seen: list
-
-    def __call__(self, model, ids):
-        self.seen.append(ids.tolist())
-        return super().__call__(model, ids)
-
-
-def test_schedule_by_hand():
-    """20 steps: two of warm-up (1/2, 1), full to step 11, then down by 1/10 a step to 1/10."""
-    shares = [schedule(step, 20) for step in range(1, 21)]
-    assert shares == pytest.approx([0.5, *[1] * 10, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
-
-
-def test_a_step_takes_its_share_of_the_learning_rate():
-    """A constant slope of 1: Adam's step is the learning rate itself, here 0.1 times the share."""
-    watch, before = Watch(), 1.0
-    fit(one_weight(), InTurn([1.0] * 20), Recipe(20, 0.1, 1, 0), 0, progress=watch)
-    for step, after in enumerate(watch.weights, 1):
-        close(before - after, 0.1 * schedule(step, 20), 1e-5)
-        before = after
+def test_learning_rate_by_hand():
+    """A constant slope of 1: Adam's step is the learning rate, here 1/10 of its share. Of 20 steps
+    two are warm-up (1/2, 1), then 1 to step 11, then down by 1/10 a step to 1/10."""
+    watch = Watch()
+    fit(one_weight(), Slopes([1.0]), recipe(20, 0.1), 0, progress=watch)
+    steps = [before - after for before, after in zip([1.0, *watch.weights], watch.weights)]
+    shares = [0.5, *[1] * 10, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    close(steps, [0.1 * share for share in shares], 1e-5)
 
 
 def test_clipping_and_no_weight_decay_by_hand():
@@ -340,178 +360,72 @@ def test_clipping_and_no_weight_decay_by_hand():
     0.0738, and with a weight decay of 0.3 w would shrink by 3% a step.
     """
     watch = Watch()
-    fit(one_weight(), InTurn([0.5, 100.0, 1.0, 1.0]), Recipe(4, 0.1, 1, 0), 0, progress=watch)
+    fit(one_weight(), InTurn([0.5, 100.0, 1.0, 1.0]), recipe(4, 0.1), 0, progress=watch)
     close(watch.weights[:2], [0.9, 0.9 - 0.0957986], 1e-5)
 
 
 def test_the_seed_orders_the_batches():
-    """Batches of 2 of 5 indices in the order of shuffled_batches: two and a half epochs, one
-    index at a time."""
+    """Batches of 2 of 5 indices in the order of shuffled_batches: two and a half epochs."""
     for seed in (0, 1):
-        seen = []
-        loss = Noting([1.0] * 5, seen)
-        fit(one_weight(), loss, Recipe(5, 0.1, 2, micro_batch=1), seed)
+        loss = Slopes([1.0] * 5)
+        fit(one_weight(), loss, recipe(5, 0.1, 2), seed)
         order = data.shuffled_batches(5, 2, torch.Generator().manual_seed(seed))
-        assert sum(seen, []) == sum((next(order).tolist() for _ in range(5)), [])
-
-
-class Waiting(Slopes):
-    """Slopes that wait until `begun` shares have begun, and note them with their threads."""
-
-    def __init__(self, slopes, begun):
-        super().__init__(slopes)
-        self.barrier, self.seen = threading.Barrier(begun), []
-
-    def __call__(self, model, ids):
-        self.barrier.wait(timeout=60)
-        self.seen.append((ids.tolist(), torch.get_num_threads(), threading.get_ident()))
-        return super().__call__(model, ids)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_two_halves_side_by_side_by_hand(threads):
-    """Slopes 8, 1, 1, 2 as 8 + 1 and 1 + 2: gradient 12 / 4 = 3. On two threads each half has one
-    and waits for the other to have begun; on five, two. One thread takes the whole batch."""
-    before, loss = torch.get_num_threads(), Waiting([8.0, 1, 1, 2], min(2, threads))
-    torch.set_num_threads(threads)
-    try:
-        model = one_weight(0.5)
-        total = gradient(model, model, loss, torch.arange(4), 0)
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    assert total == {"loss": 6.0, "n": 4, "tokens": 40} and model.weight.grad.item() == 3.0
-    halves, each, who = zip(*sorted(loss.seen))
-    assert halves == (([0, 1], [2, 3]) if threads > 1 else ([0, 1, 2, 3],))
-    assert set(each) == {max(1, threads // 2)} and len(set(who)) == min(2, threads)
-
-
-def test_two_halves_by_hand():
-    """Rows of 5, 2, 3, 2, 4 tokens, 16 in all. Sorted 2, 2, 3, 4, 5: the first three have 7 of 8
-    tokens, four would have 11. Equal rows stay in their order. With 9 in place of 5 there are 20,
-    and 2 + 2 + 3 = 7, with 4 more 11. Of one row the first half is empty."""
-    for ids, first, second in (([0, 1, 2, 3, 4], [1, 3, 2], [4, 0]),
-                               ([3, 5, 4, 2, 1], [3, 1, 2], [4, 5]), ([2], [], [2])):
-        loss = Likelihood([[Example([1], [0] * (n - 1))] for n in (5, 2, 3, 2, 4, 9)])
-        halves = two_halves(loss, torch.tensor(ids))
-        assert [half.tolist() for half in halves] == [first, second]
-
-
-def test_one_index_is_read_once():
-    """Its second half would be empty, and the loss would be computed twice."""
-    before, model, seen = torch.get_num_threads(), one_weight(), []
-    torch.set_num_threads(2)
-    try:
-        gradient(model, model, Noting([1.0, 5.0], seen), torch.tensor([1]), 0)
-    finally:
-        torch.set_num_threads(before)
-    assert seen == [[1]]
-
-
-def test_an_error_in_one_half_waits_for_the_other():
-    """Whichever half fails, the error comes through, the other half has ended and the number of
-    threads is what it was."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for bad, good in (("first", "second"), ("second", "first")):
-            ended = []
-            with pytest.raises(ValueError, match="half"):
-                two_at_once(fail_at, ["first", "second"], torch.device("cpu"), bad, ended)
-            assert ended == [good] and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
-def fail_at(bad, ended, item):
-    if item == bad:
-        raise ValueError("half")
-    time.sleep(0.05)
-    ended.append(item)
+        assert [ids for ids, *_ in loss.seen] == [next(order).tolist() for _ in range(5)]
 
 
 def test_training_moves_the_policy_alone(small):
-    """After 3 TVKD steps the student has moved. Its start, the reference and the teacher have not,
+    """After 3 steps of KD all weights of the student have moved. Its start and the teacher have not,
     took no gradient, and the trained student is frozen itself."""
-    values = state_values("logits", small.teacher, small.ref, small.both, 1.0, 8)
-    psi = summed_psi(values, small.both, 1.0, "hold").view(2, -1)
-    still = (small.student, small.ref, small.teacher)
-    before = [copy.deepcopy(model.state_dict()) for model in still]
-    loss = TVKD(small.pairs, logps_of(small.ref, small), psi, 1.0, 1.0)
-    trained = fit(small.student, loss, Recipe(3, 1e-2, 8, 0), 0, loss_at_start=tvkd_loss_at_start)
+    still = small.student, small.teacher
+    before = copy.deepcopy([model.state_dict() for model in still])
+    trained = fit(small.student, KD(small.pairs, small.teacher), recipe(3, 1e-2), 0)
     for model, state in zip(still, before):
         assert all(torch.equal(x, model.state_dict()[name]) for name, x in state.items())
         assert all(p.grad is None for p in model.parameters())
-    for model in (small.ref, small.teacher, trained):
-        assert not model.training and not any(p.requires_grad for p in model.parameters())
-    state = trained.state_dict()
-    assert all(not torch.equal(x, state[name]) for name, x in before[0].items())
+    for name, x in trained.named_parameters():
+        assert not x.requires_grad and not torch.equal(x, before[0][name])
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step():
-    """sqrt(0 w) is 0 with a gradient of NaN. The line names stage, step and batch."""
+    """sqrt(0 w) is 0 with a gradient of NaN. The line names stage and step."""
     watch = Watch()
     with pytest.raises(FloatingPointError, match=r"watched: loss 0.0, gradient norm nan at step 1; "
-                                                 r".* not finite or too large; batch \[0\]"):
-        fit(one_weight(), Root(), Recipe(3, 0.1, 1, 0), 0, progress=watch)
+                                                 r".* not finite or too large"):
+        fit(one_weight(), Root([1.0]), recipe(3, 0.1), 0, progress=watch)
     assert watch.weights == []
 
 
-# --- the check before step 1 ---------------------------------------------------------------------
+# --- the check of the first batch ----------------------------------------------------------------
 
-def test_step_0_check_notices_another_reference(small):
-    for source, is_right in ((small.ref, True), (small.teacher, False)):
-        loss = DPO(small.pairs, logps_of(source, small), 1.0)
-        if is_right:
-            check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
-        else:
-            with pytest.raises(RuntimeError, match="step 0 check failed: policy and reference"):
-                check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
+def test_another_reference_is_noticed(small):
+    fit(small.student, DPO(small.pairs, small.ref_logps, 1.0), recipe(1, 0.1), 0)
+    wrong = DPO(small.pairs, pair_logps(small.teacher, small.pairs), 1.0)
+    with pytest.raises(CheckFailed, match="policy and reference are not scored alike"):
+        fit(small.student, wrong, recipe(1, 0.1), 0)
 
 
-def test_step_0_check_expects_what_psi_alone_gives(small, capsys):
-    """alpha 2, psi 1 and 0: -log sigmoid(-2) = ln(1 + e^2) = 2.1269. ln 2 is not what it is."""
+def test_the_loss_that_psi_alone_gives_is_expected(small, capsys):
+    """alpha 2, psi 1 and 0: -log sigmoid(-2) = ln(1 + e^2) = 2.1269."""
     psi = torch.tensor([[1.0] * 5, [0.0] * 5])
-    loss = TVKD(small.pairs, logps_of(small.ref, small), psi, 1.0, 2.0)
-    check_start(loss, small.student, EVERY, tvkd_loss_at_start(loss, EVERY))
-    assert "loss 2.1269, expected 2.1269; margin " in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="policy and reference"):
-        check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
+    fit(small.student, TVKD(small.pairs, small.ref_logps, 1.0, psi, 2.0), recipe(1, 0.1), 0)
+    assert "first batch: loss 2.1269, expected 2.1269; gradient" in capsys.readouterr().out
 
 
-def test_step_0_check_allows_for_rounding_in_proportion_to_beta(small):
-    """At beta 1e4 a reference off by 1e-5 nats (a margin of 0.1) is rounding, off by 1 it isn't."""
-    chosen, rejected = logps_of(small.ref, small)
-    for off, is_rounding in ((1e-5, True), (1.0, False)):
-        loss = DPO(small.pairs, torch.stack([chosen + off, rejected]), 1e4)
-        if is_rounding:
-            check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
-        else:
-            with pytest.raises(RuntimeError, match="policy and reference"):
-                check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
+@pytest.mark.parametrize("allowed, nats, beta, bfloat16", [
+    (0.0016, 300, 1, False), (0.061, 30_000, 1, False),         # 1e-3 + 2e-6 nats: long answers
+    (0.016, 300, 10, False), (0.0016, 300, 0.1, False), (0.2, 300, 1, True)])
+def test_rounding_grows_with_the_answers_and_beta(allowed, nats, beta, bfloat16):
+    """Two pairs, of which the rejected answers have `nats` each, of a mean that is a little off."""
+    model = SimpleNamespace(config=SimpleNamespace(bfloat16=bfloat16))
+    sums = {"loss": 2 * LN2, "n": 2, "ref_chosen": -2.0, "ref_rejected": -2.0 * nats}
+    check_start(model, DPO(PAIRS, REF_LOGPS, beta), sums, 1.0, LN2 + 0.99 * allowed)
+    with pytest.raises(CheckFailed, match="not scored alike"):
+        check_start(model, DPO(PAIRS, REF_LOGPS, beta), sums, 1.0, LN2 + 1.01 * allowed)
 
 
-def test_step_0_check_names_a_beta_that_is_too_small(small):
-    loss = DPO(small.pairs, logps_of(small.ref, small), 1e-46)
-    with pytest.raises(RuntimeError, match="expected a gradient, got 0; beta=1e-46 may be too sm"):
-        check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
-
-
-def test_step_0_check_stops_where_weights_are_not_finite(small):
-    loss = DPO(small.pairs, logps_of(small.ref, small), 1.0)
-    with torch.no_grad():
-        small.student.transformer.wte.weight[7] = math.nan
-    with pytest.raises(FloatingPointError, match="expected a finite loss and gradient"):
-        check_start(loss, small.student, EVERY, dpo_loss_at_start(loss, EVERY))
-
-
-def test_step_0_check_takes_no_more_than_a_micro_batch(small, monkeypatch):
-    """It needs a gradient too: of min(pairs, batch, micro-batch) pairs, the first ones."""
-    seen = []
-    monkeypatch.setattr(train, "check_start", lambda loss, model, ids, expected:
-                        seen.append((ids.tolist(), len(expected))))
-    loss = DPO(small.pairs, logps_of(small.ref, small), 1.0)
-    for batch_size, micro_batch in ((4, 3), (2, 0), (8, 0)):
-        fit(small.student, loss, Recipe(1, 1e-3, batch_size, micro_batch), 0,
-            loss_at_start=dpo_loss_at_start)
-    assert seen == [([0, 1, 2], 3), ([0, 1], 2), ([0, 1, 2, 3, 4], 5)]
+def test_a_sigmoid_that_is_flat_is_named(small):
+    """psi of 1,000 and 0: the loss is ln(1 + e^-1000) = 0 and so is its gradient in float64."""
+    psi = torch.tensor([[0.0] * 5, [1000.0] * 5])
+    with pytest.raises(CheckFailed, match="gradient 0 at a loss of 0, where the sigmoid is flat; "
+                                          "scale the teacher's values down, lower --alpha"):
+        fit(small.student, TVKD(small.pairs, small.ref_logps, 1.0, psi, 1.0), recipe(1, 0.1), 0)
