@@ -3,12 +3,16 @@
     pytest --impl=my_tvkd.py        grade another tvkd.py; the grader is course/grader.py
 """
 
+import os
 import socket
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # before torch, as in harness/__init__.py: tests
+os.environ.setdefault("KMP_BLOCKTIME", "1")         # of two threads take a minute on a busy machine
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
