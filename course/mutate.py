@@ -225,6 +225,7 @@ def grade(output, *options, module=None, source=None):
 def prepare():
     """Import once what every child needs. One thread, because threads do not survive a fork."""
     os.environ["OMP_NUM_THREADS"] = "1"                 # torch reads it when it is imported
+    import harness  # noqa: F401                        # first: it sets how threads wait
     import pytest  # noqa: F401
     import tiktoken  # noqa: F401
     import torch
