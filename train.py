@@ -4,7 +4,6 @@
     python train.py --data=FILE             your own preferences
     python train.py --ask=PROMPT            every model of a finished run answers
     python train.py --help                  every option
-
     torchrun --standalone --nproc_per_node=2 train.py       shares every batch among processes
 
 Read `experiment` first: it is the method section. Then the losses and `fit`. From harness/ come

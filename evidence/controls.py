@@ -27,7 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from harness.evaluate import evaluate, is_correct, pair_logps, sample, spoken, token_kinds
+from harness.evaluate import evaluate, is_correct, pair_logps, sample, spoken
+from harness.psi import token_kinds
 from model import batches, both_responses, action_psi, state_values, device_of, summed_psi
 from train import (DPO, KD, TVKD, Likelihood, OfPairs, fit, four_logps, part_size,
                    teacher_answers, tokens_in, with_metrics)
@@ -369,7 +370,7 @@ def knows(kind, terminal, teacher, teacher_ref, held_out, beta):
 def by_kind(kinds, psi):
     """(kind, psi) of every fact and thing, and of every opening and closing as a whole.
 
-    kinds: harness.evaluate.token_kinds; psi: one number a token.
+    kinds: harness.psi.token_kinds; psi: one number a token.
     """
     runs = groupby(zip(kinds, psi), key=itemgetter(0))
     return [(kind, sum(x for _, x in run)) for kind, run in runs if kind]

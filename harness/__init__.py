@@ -18,7 +18,7 @@ try:
 except OSError:
     print("expected a working folder that exists, got one that was deleted", file=sys.stderr)
     raise SystemExit(2) from None
-# Ctrl-C while torch is imported, and while the program ends: one line. In between it is an exception
+# Ctrl-C while torch is imported, and while the program ends: one line. Between, it is an exception
 # (harness/outcome.py). Only where train.py is the program, and not where Ctrl-C is ignored.
 IS_PROGRAM = (os.path.basename(sys.argv[0]) == "train.py"
               and signal.getsignal(signal.SIGINT) is signal.default_int_handler)

@@ -1,6 +1,7 @@
 """The command line behind train.py: options, a run of every seed, or the use of a finished one."""
 
 import time
+from contextlib import closing
 
 import torch
 
@@ -32,12 +33,14 @@ def run(argv, experiment, methods, description):
         refuse_inside(option, getattr(config, option), config.out)
     # Read once: a file that changes between two seeds must not be mixed.
     pairs = load_pairs(config.data, "given" in config.value) if config.data else None
-    with joined_processes(device) as device:
-        keep = Keep(config.out, device, config.save_interval)
+    with joined_processes(device) as device, \
+            closing(Keep(config.out, device, config.save_interval)) as keep:
         outcome = Outcome(config, keep, started)
         for keep.seed in range(config.seed, config.seed + config.seeds):
             task = load_task(config, keep.seed, pairs)
-            models = experiment(config, keep.seed, task, device, keep)
+            if keep.seed == config.seed:
+                outcome.announce()
+            models = experiment(config.with_steps(task), keep.seed, task, device, keep)
             if is_first():              # one process is enough for the table
                 outcome.add(task, models)
         outcome.finish()

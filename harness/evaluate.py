@@ -141,24 +141,26 @@ def evaluate(model, ref, beta, held_out):
 
 
 def measure(model, ref, beta, held_out):
-    """`evaluate`, for a row of the table -> {"numbers": with intervals, "reward": (prompts,)}."""
+    """`evaluate`, for a row of the table -> {"numbers": with intervals, "reward": of each prompt or
+    None, "pref_acc": of each pair}."""
     metrics, each = evaluate(model, ref, beta, held_out)
     intervals = {f"{key}_ci": interval(x.tolist()) for key, x in each.items()}
     numbers = {"pref_n": len(held_out.pairs), "reward_ci": None, "true_acc_ci": None,
-               "vs_dpo": None, "vs_dpo_ci": None, **metrics, **intervals}
-    return {"numbers": numbers, "reward": each.get("reward")}
-
-
-def against_dpo(rewards, dpo_rewards):
-    """Difference of true reward to DPO, (prompts,) each, paired by prompt -> two numbers."""
-    difference = rewards - dpo_rewards
-    return {"vs_dpo": difference.mean().item(), "vs_dpo_ci": interval(difference.tolist())}
+               "vs_dpo": None, "vs_dpo_ci": None, "acc_vs_dpo": None, "acc_vs_dpo_ci": None,
+               **metrics, **intervals}
+    return {"numbers": numbers, "reward": each.get("reward"), "pref_acc": each["pref_acc"].cpu()}
 
 
 def fill(rows, measured):
-    """The numbers of every Row from {label: what `measure` gives}, with its difference from DPO."""
-    dpo = measured.get("dpo", {}).get("reward")
+    """The numbers of every Row from {label: what `measure` gives}, with its differences from DPO.
+
+    They are paired: by prompt for the true reward, by pair for the held-out accuracy.
+    """
+    dpo = measured.get("dpo", {})
     for row in rows:
         row.numbers = dict(measured[row.label]["numbers"])
-        if dpo is not None and row.label != "dpo":
-            row.numbers |= against_dpo(measured[row.label]["reward"], dpo)
+        for name, key in (("vs_dpo", "reward"), ("acc_vs_dpo", "pref_acc")):
+            if row.label != "dpo" and dpo.get(key) is not None:
+                difference = (measured[row.label][key] - dpo[key]).double()
+                row.numbers |= {name: difference.mean().item(),
+                                f"{name}_ci": interval(difference.tolist())}

@@ -1,20 +1,22 @@
 """The options of train.py: one dataclass gives the command line, --help and the checks."""
 
 import argparse
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-from harness.errors import printable, UserError
+from harness.errors import UserError
 from model import VALUES
 
 TERMINALS = ("zero", "hold", "value")
 TERMINAL_OF = {**{name: usual for name, (_, usual) in VALUES.items()}, "given": "value"}
-ZERO_ALLOWED = ("seed", "train_pairs", "student_pairs", "micro_batch", "teacher_sft_steps",
-                "student_sft_steps", "tokens")
+ZERO_ALLOWED = ("seed", "train_pairs", "student_pairs", "micro_batch", "tokens")
 LARGEST = {"tokens": 1, "seeds": 10 ** 6, "batch_size": 10 ** 6,
            "block_size": 10 ** 6, "vocab_size": 10 ** 6, "max_new_tokens": 10 ** 6,
            "samples": 10 ** 4, "layers": 10 ** 3, "heads": 10 ** 3, "width": 10 ** 5}
+PRETRAINED = {"sft_lr": 5e-5, "dpo_lr": 1e-5}   # usual rates for weights that are trained already
+EPOCHS = ("teacher_sft_steps", "teacher_dpo_steps", "student_sft_steps", "steps")
 USES_A_RUN = ("ask", "score", "export")         # these train nothing
 
 
@@ -91,15 +93,21 @@ class Config:
                                  "same batch; 0: the whole batch")
     precision: str = option("auto", "of the blocks' matrix products: float32, bfloat16, or auto: "
                                     "bfloat16 on CUDA that supports it")
-    teacher_sft_steps: int = option(400, "steps of the teacher's fine-tuning", with_data=100)
-    teacher_dpo_steps: int = option(94, "steps of the teacher's DPO", with_data=40)
-    student_sft_steps: int = option(600, "steps of the student's fine-tuning", with_data=100)
-    steps: int = option(60, "steps of every method that trains the student", with_data=20)
-    teacher_sft_lr: float = option(3e-3, "learning rate of the teacher's fine-tuning")
-    teacher_dpo_lr: float = option(3e-4, "learning rate of the teacher's DPO", with_data=1e-4)
-    student_sft_lr: float = option(5e-3, "learning rate of the student's fine-tuning")
-    lr: float = option(3e-4, "learning rate of the student in dpo and tvkd", with_data=1e-4)
-    distill_lr: float = option(1e-2, "learning rate of the student in bc and kd", with_data=1e-3)
+    teacher_sft_steps: int = option(400, "steps of the teacher's fine-tuning", with_data=-3)
+    teacher_dpo_steps: int = option(94, "steps of the teacher's DPO", with_data=-2)
+    student_sft_steps: int = option(600, "steps of the student's fine-tuning", with_data=-3)
+    steps: int = option(60, "steps of every method that trains the student; with all four, -N: N "
+                            "epochs", with_data=-2)
+    teacher_sft_lr: float = option(3e-3, "learning rate of the teacher's fine-tuning; with "
+                                         f"--teacher_init {PRETRAINED['sft_lr']:g}")
+    teacher_dpo_lr: float = option(3e-4, "learning rate of the teacher's DPO; with --teacher_init "
+                                         f"{PRETRAINED['dpo_lr']:g}", with_data=1e-4)
+    student_sft_lr: float = option(5e-3, "learning rate of the student's fine-tuning; with "
+                                         f"--student_init {PRETRAINED['sft_lr']:g}")
+    lr: float = option(3e-4, "learning rate of the student in dpo, tvkd, soft; with --student_init "
+                             f"{PRETRAINED['dpo_lr']:g}", with_data=1e-4)
+    distill_lr: float = option(1e-2, "learning rate of the student in bc and kd; with "
+                                     f"--student_init {PRETRAINED['sft_lr']:g}", with_data=1e-3)
     save_interval: float = option(30.0, "seconds between two checkpoints of a stage in training")
     samples: int = option(4, "sampled responses per held-out prompt, at temperature 1",
                           "measuring", with_data=1)
@@ -111,6 +119,19 @@ class Config:
         """The Recipe of a stage, by the names of two options."""
         return Recipe(getattr(self, steps), getattr(self, lr), self.batch_size, self.micro_batch,
                       self.log_interval, self.eval_interval)
+
+    def with_steps(self, task):
+        """The same with every -N steps as N epochs of the rows or pairs of a Task, and told."""
+        pairs = len(task.ids.train)
+        sizes = dict(zip(EPOCHS, (len(task.ids.sft), pairs, len(task.ids.sft),
+                                  min(pairs, self.student_pairs or pairs))))
+        steps = {name: math.ceil(-getattr(self, name) * size / self.batch_size)
+                 for name, size in sizes.items() if getattr(self, name) < 0}
+        if steps:
+            rates = ("teacher_sft_lr", "teacher_dpo_lr", "student_sft_lr", "lr", "distill_lr")
+            print("  " + ", ".join(f"--{name}={x}" for name, x in steps.items()) + "; "
+                  + ", ".join(f"--{name}={getattr(self, name):g}" for name in rates))
+        return replace(self, **steps)
 
     def terminal_of(self, kind):
         """The potential of the finished response: --terminal, or the default of a kind of value.
@@ -131,7 +152,7 @@ class Config:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is int:
-                least = 0 if f.name in ZERO_ALLOWED else 1
+                least = -100 if f.name in EPOCHS else 0 if f.name in ZERO_ALLOWED else 1
                 most = LARGEST.get(f.name, LARGEST.get(f.name.split("_")[-1], 2 ** 62))
                 close = most < 2 ** 62 or value > most
                 expected = f"{least} to {most}" if close else f"at least {least}"
@@ -151,6 +172,8 @@ class Config:
             self.expect("value", self.data, "--data beside given: the toy task has no such values")
             self.expect("terminal", self.terminal in ("", "value"), "value beside --value=given")
             self.expect("gamma", self.gamma == 1, "1 beside --value=given")
+        for name in ("teacher_dpo_steps", "steps"):
+            self.expect(name, getattr(self, name), "at least 1, or -N for N epochs")
         self.expect("train_pairs", self.train_pairs or self.data, "at least 1 on the toy task")
         self.expect("device", self.device in ("auto", "cpu", "cuda", "mps"),
                     "one of auto, cpu, cuda, mps")
@@ -164,7 +187,7 @@ class Config:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"train.py: {printable(message)}; try --help\n")
+        raise UserError(f"{message}; try --help")
 
 
 def names(text):
@@ -203,6 +226,11 @@ def parse_args(argv, methods, description=None):
             parser.error(f"--{name}: expected none beside --{who}_init, whose weights have "
                          "their sizes")
     defaults = {f.name: f.metadata["with_data"] for f in fields(Config)} if "data" in given else {}
+    if "teacher_init" in given:
+        defaults |= {f"teacher_{name}": rate for name, rate in PRETRAINED.items()}
+    if "student_init" in given:
+        defaults |= {"student_sft_lr": PRETRAINED["sft_lr"], "lr": PRETRAINED["dpo_lr"],
+                     "distill_lr": PRETRAINED["sft_lr"]}
     if given.get("value") == ("given",) and "methods" not in given:     # no teacher is needed
         defaults["methods"] = tuple(name for name in Config.methods if not {
             "teacher", "answers"} & {field.name for field in fields(methods[name][0])})

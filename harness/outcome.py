@@ -1,22 +1,24 @@
 """How a run ends: results.json and the report, what is printed, and the exit code."""
 
 import json
-import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from shutil import get_terminal_size
 
 import torch
 
-from harness.errors import CheckFailed, printable, UserError
+from harness import IS_PROGRAM, stop_at_once
 from harness.ask import show_answers
+from harness.errors import CheckFailed, UserError, one_line, printable
 from harness.evaluate import HeldOut, fill, measure
 from harness.files import write
 from harness.psi import psi_of_pairs
+from harness.report import page
 from harness.steps import is_first
-from harness.report import write_report
 from harness.table import Row, show_psi, table
 from harness.tokenizers import tokenizer_text
 
@@ -26,7 +28,22 @@ class Outcome:
 
     def __init__(self, config, keep, started):
         self.config, self.keep, self.started = config, keep, started
-        self.rows, self.psi, self.tokenizers = [], [], {}
+        self.rows, self.shown, self.models = [], [], {}         # shown: what psi_of_pairs gave
+        self.past, self.earlier = {}, []                        # results.json as it was; older ones
+
+    def announce(self):
+        """Before the first stage: what this command replaces in --out. Older tables are kept."""
+        try:
+            self.past = json.loads((self.keep.out / "results.json").read_text(encoding="utf-8"))
+            was, now = self.past["config"], json.loads(json.dumps(asdict(self.config)))
+            self.earlier = list(self.past.get("earlier", []))[-20:]
+            changed = [f"--{name}={was.get(name)}" for name in now if was.get(name) != now[name]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return
+        if changed:
+            self.earlier.append({"config": was, "rows": self.past["rows"]})
+            print(one_line(f"{self.keep.out}: replaces the results of a run with "
+                           f"{' '.join(changed)}; its table stays in results.json as \"earlier\""))
 
     def add(self, task, models):
         """Measure, save and show the models of one seed, {label: (model, reference, beta)}."""
@@ -35,62 +52,103 @@ class Outcome:
         rows = [Row.of(label, keep.seed) for label in models]
         fill(rows, {label: keep.alone(f"{label}.row", measure, *model, test)
                     for label, model in models.items()})
-        psi = [keep.alone(f"{row.label}.psi", psi_of_pairs, row.value, row.terminal, config.gamma,
-                          *models["teacher"], *models[row.label], test)
-               for row in rows if row.method == "tvkd" and row.value != "given"]
-        self.rows, self.psi = self.rows + rows, self.psi + psi
-        self.tokenizers[str(self.keep.seed)] = keep.describe("x", task.tokenizer)["x"]
+        first = {row.value: row for row in reversed(rows) if row.value not in (None, "given")}
+        shown = [keep.alone(f"{row.label}.psi", psi_of_pairs, row.value, row.terminal, config.gamma,
+                            *models["teacher"], *models[row.label], test)
+                 for row in rows if row in first.values()]          # of each kind of value
+        self.rows, self.shown = self.rows + rows, self.shown + shown
+        trained = {label: model for label, (model, _, _) in models.items()}
+        if "teacher" in models:
+            trained["teacher-sft"] = models["teacher"][1]
+        self.models[str(keep.seed)] = {"tokenizer": keep.describe("x", task.tokenizer)["x"], **{
+            label: keep.describe("x", model)["x.weights"] for label, model in trained.items()}}
         if task.tokenizer.name == "learned":
             write(keep.out / f"seed{keep.seed}" / "tokenizer.tiktoken",
                   tokenizer_text(task.tokenizer).encode())
         self.save()
         texts, ids = ([pair.prompt for pair in split.test[:2]] for split in task[:2])
         answering = {label: model for label, (model, _, _) in models.items()}
-        show_answers(texts, ids, answering, task.tokenizer, self.config, self.keep.seed)
+        show_answers(texts, ids, answering, task.tokenizer, config, keep.seed)
         colour = bool(sys.stdout) and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        for shown in psi:                                   # the first held-out pair, each value
-            show_psi(shown["pairs"][0], colour=colour, width=get_terminal_size().columns)
+        for pairs in shown:                                 # the first held-out pair, each value
+            show_psi(pairs[0], colour, get_terminal_size().columns)
         print(f"\n{table(rows)}")
 
     def save(self):
-        out = self.keep.out
-        made = {"torch": torch.__version__, "device": str(self.keep.device),
-                "threads": torch.get_num_threads(),
-                "seconds": round(time.perf_counter() - self.started, 1)}
-        results = {"config": asdict(self.config), "rows": [row.flat() for row in self.rows],
-                   "pairs": [pair for shown in self.psi for pair in shown["pairs"]],
-                   "scatter": [point for shown in self.psi for point in shown["scatter"]],
-                   "tokenizers": self.tokenizers, "made": made}
-        results = without_nan(results)
-        self.keep.log_file.flush()
+        out, config = self.keep.out, asdict(self.config)
+        # A path may hold bytes that are no text. What is not finite becomes null: a mean over
+        # nothing is unknown, and JSON has no NaN.
+        results = json.loads(json.dumps({
+            "config": {k: printable(x) if isinstance(x, str) else x for k, x in config.items()},
+            "rows": [row.flat() for row in self.rows],
+            "pairs": [pair for pairs in self.shown for pair in pairs],
+            "models": self.models, "earlier": self.earlier,
+            "made": {"torch": torch.__version__, "device": str(self.keep.device),
+                     "threads": torch.get_num_threads(),
+                     "seconds": round(time.perf_counter() - self.started, 1)}}),
+            parse_constant=lambda constant: None)
         log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        try:
-            write_report(results, [json.loads(line) for line in log], out / "report.html")
-        except OSError as error:
-            raise UserError(f"--out: expected a folder with room to write {out / 'report.html'}: "
-                            f"{error.strerror}") from None
-        text = json.dumps(results, indent=1, allow_nan=False)
-        write(out / "results.json", f"{text}\n".encode())
+        html = page(self.config, self.rows, self.shown, [json.loads(line) for line in log])
+        write(out / "report.html", html.encode("utf-8", "replace"))
+        write(out / "results.json", f"{json.dumps(results, indent=1)}\n".encode())
 
     def finish(self):
-        self.keep.close()
         if not is_first():
             return
-        if self.config.seeds > 1:
+        config, out = self.config, self.keep.out
+        if config.seeds > 1:
             print(f"\nall seeds\n{table(self.rows)}")
-        out = self.keep.out
+        if config.data and any(row.value for row in self.rows):
+            print(f"The teacher's weight is alpha / beta, here {config.alpha / config.beta:g}. If "
+                  "TVKD is below DPO, try a smaller --alpha: too high a weight chases the teacher "
+                  "whatever the labels say.")
+        again = [label for seed, digests in self.models.items() for label, digest in digests.items()
+                 if self.past.get("models", {}).get(seed, {}).get(label, digest) != digest]
+        if again and (out / "scores.jsonl").exists():
+            print(f"scores.jsonl is of {', '.join(again)} as they were before; repeat --score")
         print(f"\n{time.perf_counter() - self.started:.0f} s; rows in "
-              f"{printable(str(out / 'results.json'))}, pairs and curves in "
-              f"{printable(str(out / 'report.html'))}")
+              f"{printable(out / 'results.json')}, pairs and curves in "
+              f"{printable(out / 'report.html')}")
 
 
-def without_nan(value):
-    """The same JSON value with null for what is not finite: a mean over nothing is unknown."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: without_nan(x) for name, x in value.items()}
-    return [without_nan(x) for x in value] if isinstance(value, (list, tuple)) else value
+def exit_code(run, argv, *args):
+    """run(argv, *args) -> 0, or a line on stderr and an exit code.
+
+    2: files, options or memory; 1: numbers that are not finite, or a failed check; 130: Ctrl-C;
+    141: nobody reads stdout any more. Errors of the program are raised.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")    # no sampled character may end a finished run
+    status, message = 0, ""
+    if IS_PROGRAM:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        expect_working_folder()
+        run(argv, *args)
+        print(end="", flush=True)
+    except (UserError, FloatingPointError, CheckFailed) as error:
+        status, message = 2 if isinstance(error, UserError) else 1, error
+    except KeyboardInterrupt:
+        status, message = 130, "stopped; the same command continues from here"
+    except OSError as error:
+        where = "stdout: " if stdout_is_lost() else ""
+        status, message = 2, f"expected files that can be read and written: {where}{error}"
+        if isinstance(error, BrokenPipeError):      # the reader, such as head, has gone
+            status, message = 141, "stopped: nobody reads its output; the same command continues"
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "DefaultCPUAllocator" not in str(error):   # torch has no type for this one
+            raise
+        status, message = 2, "out of memory; try a smaller --micro_batch, --samples or model"
+    if IS_PROGRAM:
+        signal.signal(signal.SIGINT, stop_at_once)
+    if message and sys.stderr:
+        print(f"train.py: {one_line(message)}", file=sys.stderr)
+    if message and "TORCHELASTIC_ERROR_FILE" in os.environ:     # torchrun says it again, last
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(
+            {"message": one_line(message), "timestamp": int(time.time())}), encoding="utf-8")
+    return status
 
 
 def expect_working_folder():
@@ -101,37 +159,11 @@ def expect_working_folder():
         raise UserError("expected a working folder that exists, got one that was deleted") from None
 
 
-def exit_code(run, *args):
-    """run(*args) -> 0, or a line on stderr and an exit code: 2 the user's mistake, 130 Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")    # no sampled character may end a finished run
+def stdout_is_lost():
+    """Whether stdout takes no more. What is left to print then goes nowhere, in silence."""
     try:
-        expect_working_folder()
-        run(*args)
-        return 0
-    except UserError as error:
-        status, message = 2, str(error)
-    except FloatingPointError as error:
-        status, message = 1, str(error)
-    except KeyboardInterrupt:
-        status, message = 130, "stopped; the same command goes on from here"
-    except BrokenPipeError:                         # the reader, such as head, has gone
+        print(end="", flush=True)
+        return False
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except MemoryError:
-        status, message = 2, "expected models and batches that fit in memory; try smaller ones"
-    except OSError as error:
-        status, message = 2, f"expected files that can be read and written: {error}"
-    except CheckFailed as error:
-        status, message = 1, str(error)
-    except RuntimeError as error:
-        status, message = 1, str(error).partition("\n")[0]
-        if "memory" in message:
-            status = 2
-            message = f"expected models and batches that fit in memory, try smaller ones: {message}"
-        else:
-            raise
-    if sys.stderr:
-        print(f"train.py: {printable(message)}", file=sys.stderr)
-    return status
+        return True

@@ -47,8 +47,8 @@ def small():
                            both=both_responses(pairs), ref_logps=pair_logps(ref, pairs))
 
 
-def recipe(steps, lr, batch_size=8, micro_batch=0):
-    return Recipe(steps, lr, batch_size, micro_batch, log_interval=1, eval_interval=1)
+def recipe(steps, lr, batch_size=8):
+    return Recipe(steps, lr, batch_size, micro_batch=0, log_interval=1, eval_interval=1)
 
 
 # --- the losses ----------------------------------------------------------------------------------
@@ -72,9 +72,7 @@ def test_likelihood_by_hand():
 
 def test_dpo_by_hand():
     """beta 1/2: margins (2 - 1)/2 ln 2 = ln 2 / 2 and (0 - 2)/2 ln 2 = -ln 2.
-
-    Losses ln(1 + 2^-1/2) = 0.534800 and ln(1 + 2) = 1.098612; one of two is ordered rightly.
-    """
+    Losses ln(1 + 2^-1/2) = 0.534800 and ln(1 + 2) = 1.098612; one of two is ordered rightly."""
     loss = DPO(PAIRS, REF_LOGPS, 0.5)
     expected = {"loss": 0.534800 + 1.098612, "n": 2, "policy_chosen": -10 * LN2,
                 "policy_rejected": -10 * LN2, "ref_chosen": -12 * LN2, "ref_rejected": -13 * LN2,
@@ -87,10 +85,8 @@ def test_dpo_by_hand():
 
 def test_tvkd_by_hand():
     """As above with alpha 2 and psi ln 2 / 4 and 0, 0 and ln 2 / 2: offsets ln 2 / 2 and -ln 2.
-
     Both margins minus their offsets are 0, and so both losses are ln 2. The margin that is logged
-    is DPO's. At the start -offset is left: ln(1 + 2^1/2) = 0.881374 and ln(1 + 2^-1) = 0.405465.
-    """
+    is DPO's. At the start -offset is left: ln(1 + 2^1/2) = 0.881374 and ln(1 + 2^-1) = 0.405465."""
     psi = LN2 * torch.tensor([[0.25, 0.0], [0.0, 0.5]])
     loss = TVKD(PAIRS, REF_LOGPS, 0.5, psi, 2.0)
     sums = loss(UNIFORM, [0, 1])
@@ -102,11 +98,9 @@ def test_tvkd_by_hand():
 
 def test_soft_dpo_by_hand():
     """psi differs by 0 and ln 3, so p = 1/2 and 3/4. Margins m as above: ln 2 / 2 and -ln 2.
-
     Loss p ln(1 + e^-m) + (1 - p) ln(1 + e^m): (0.534800 + 0.881374) / 2 = 0.708087, and
     3/4 ln 3 + 1/4 ln(3/2) = 0.925326. Its slope in m is sigmoid(m) - p: 0.585786 - 1/2, 1/3 - 3/4;
-    times beta 1/2 in log pi(y_w), the opposite in log pi(y_l). At the start m = 0: ln 2.
-    """
+    times beta 1/2 in log pi(y_w), the opposite in log pi(y_l). At the start m = 0: ln 2."""
     psi = torch.tensor([[1.0, math.log(3)], [1.0, 0.0]])
     loss, logps = SoftDPO(PAIRS, REF_LOGPS, 0.5, psi), pair_logps(UNIFORM, PAIRS).detach()
     losses = loss.losses(logps.requires_grad_(), [0, 1])
@@ -117,20 +111,14 @@ def test_soft_dpo_by_hand():
     close(loss.at_start([0, 1]), [LN2, LN2])
 
 
-def test_kd_reads_the_teacher(small):
-    """From itself: 0 and no gradient. From another teacher: the mean of all states at once."""
-    for teacher, is_zero in ((small.ref, True), (small.teacher, False)):
-        sums = KD(small.pairs, teacher)(small.student, list(range(5)))
-        gradients = torch.autograd.grad(sums["loss"], list(small.student.parameters()))
-        largest = max(gradient.abs().max().item() for gradient in gradients)
-        assert (sums["loss"].abs() < 1e-10) == is_zero == (largest < 1e-10)
+def test_kd_is_the_mean_over_all_states(small):
+    """The sum over ten rows, five at a time, divided by their 5 * 31 states."""
     tokens, mask = data.collate(small.both)
+    sums = KD(small.pairs, small.teacher)(small.student, [3, 1, 0, 2, 4])
     expected = kd_loss(small.student(tokens), small.teacher(tokens), mask)
     close(sums["loss"] / sums["n"], expected, 1e-10)
-    assert sums["n"] == 5 * 31
+    assert sums["n"] == 5 * 31 and expected > 0.1
 
-
-# --- what is computed once -----------------------------------------------------------------------
 
 def test_what_is_computed_once_is_the_live_score_of_each_row(small):
     """In batches sorted by length, looked up by index: what scoring each row alone gives. psi sums
@@ -138,16 +126,14 @@ def test_what_is_computed_once_is_the_live_score_of_each_row(small):
     both, logps = small.both, rows_logps(small.ref, small.both, 3)
     values, soft = (state_values(kind, small.teacher, small.ref, both, 0.5, 3)
                     for kind in ("implicit", "logits"))
-    psi = action_psi(values, both, 1.0, "value").sum(-1)
-    for at_once in (3, 1000):
-        close(summed_psi(values, both, 1.0, "value", at_once), psi, 1e-5)
+    psi = summed_psi(values, both, 1.0, "value", at_once=3)
     for i, row in enumerate(both):
         tokens, mask = data.collate([row])
         ref, teacher = (response_logps(model, tokens, mask) for model in (small.ref, small.teacher))
         live = implicit_value(teacher, ref, mask, 0.5)[0]
         close(logps[i], sequence_logps(ref, mask)[0], 1e-10)
         close(values[i], live, 1e-10)
-        close(psi[i], live[-1], 1e-10)
+        close(psi[i], live[-1], 1e-5)
         first = len(row.prompt) - 1                                     # no value before s_p
         close(soft[i][first:], 0.5 * small.teacher(tokens)[0].logsumexp(-1)[first:], 1e-10)
         assert values[i].shape == (len(row.prompt) + len(row.response),)
@@ -156,21 +142,18 @@ def test_what_is_computed_once_is_the_live_score_of_each_row(small):
 
 def test_psi_is_summed_in_float64():
     """60 values of size 1e4: with "zero" psi adds up to -V(s_p); float32 would be off by 1e-2."""
-    values = 1e4 * torch.randn(2, 62, generator=torch.Generator().manual_seed(0))
-    psi = action_psi(list(values), [Example([0, 0], [0] * 60)] * 2, 1.0, "zero")
-    close(psi.sum(-1), -values[:, 1].double(), 1e-9)
+    values = 1e4 * torch.randn(62, generator=torch.Generator().manual_seed(0))
+    psi = action_psi([values], [Example([0, 0], [0] * 60)], 1.0, "zero")
+    close(psi.sum(), -values[1].double(), 1e-9)
 
 
 # --- the gradient of a batch ---------------------------------------------------------------------
 
 @dataclass
 class Slopes:
-    """The loss slope * w of a model with one weight, for the slope of each index; 10 tokens each.
-
-    Notes what it is called with, and in which of torch's threads.
-    """
+    """The loss slope * w of a model with one weight, for the slope of each index of 10 tokens."""
     slopes: list
-    begun: int = 1              # calls that wait until so many have begun
+    begun: int = 1              # calls wait until so many have begun
     slow: int = -1              # the index that comes late
 
     def __post_init__(self):
@@ -187,7 +170,7 @@ class Slopes:
 
 def one_weight(value=1.0):
     model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.constant_(model.weight, value)
+    model.load_state_dict({"weight": torch.tensor([[value]])})
     return model
 
 
@@ -196,11 +179,10 @@ def test_gradient_by_hand(threads):
     where the mean of means would be (10/3 + 2) / 2 = 8/3."""
     for n in (1, 2):
         threads(n)
-        for micro_batch in (0, 1, 2, 3, 4, 9):
+        for micro_batch in (0, 1, 2, 3, 9):
             model, loss = one_weight(0.5), Slopes([8.0, 1, 1, 2])
             total = gradient(model, loss, [0, 1, 2, 3], micro_batch)
-            close(model.weight.grad, [[3.0]])
-            assert total == {"loss": 6.0, "n": 4, "tokens": 40}
+            assert total == {"loss": 6.0, "n": 4, "tokens": 40} and model.weight.grad.item() == 3
             assert max(len(ids) for ids, *_ in loss.seen) <= (micro_batch or 4)
 
 
@@ -259,17 +241,6 @@ def test_cut_by_hand():
     assert cut(lengths, [1, 3], 1, 2) == [[[1], [3]]] and padded([0, 1], [[1, 9], [2, 8]]) == 22
 
 
-class Elsewhere:
-    """all_reduce of a process to whose tensors the others add theirs, one after the other."""
-
-    def __init__(self, *others):
-        self.others, self.seen = list(others), []
-
-    def __call__(self, tensor):
-        self.seen.append(tensor.flatten().tolist())
-        tensor += torch.tensor(self.others.pop(0))
-
-
 @pytest.mark.parametrize("rank, world, slopes, mine, others, mean", [
     (1, 2, [8.0, 1, 1, 2], [[3, 2], [3]], [[9.0, 2], [9.0]], 3),
     (2, 3, [7.0, 5], [[0, 0], [0]], [[12.0, 2], [12.0]], 6),
@@ -277,11 +248,12 @@ class Elsewhere:
 def test_the_share_of_a_process_by_hand(monkeypatch, rank, world, slopes, mine, others, mean):
     """Of slopes 8, 1, 1, 2 one process has 8 + 1 and the other 1 + 2: 12 / 4 = 3 in both. The third
     of three processes has no share of two pairs. It joins with 0, and has the mean of the batch."""
-    model, all_reduce = one_weight(), Elsewhere(*others)
+    model, others, seen = one_weight(), list(others), []
     monkeypatch.setattr(steps, "rank_and_world", lambda: (rank, world))
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: (
+        seen.append(tensor.flatten().tolist()), tensor.add_(torch.tensor(others.pop(0)))))
     total = gradient(model, Slopes(slopes), list(range(len(slopes))))
-    assert all_reduce.seen == mine and model.weight.grad.item() == mean
+    assert seen == mine and model.weight.grad.item() == mean
     assert total == {"loss": 12, "n": len(slopes), "tokens": 10 * len(slopes)}
 
 
@@ -317,14 +289,10 @@ def fail_at(bad, ended, item):
 # --- steps ---------------------------------------------------------------------------------------
 
 class Watch(Progress):
-    """Notes the weight after every step."""
-
-    def __init__(self):
-        super().__init__("watched")
-        self.weights = []
+    """Notes the weight after every step, in place of lines."""
 
     def after(self, step, total):
-        self.weights.append(self.model.weight.item())
+        self.lines.append(self.model.weight.item())
 
 
 class InTurn(Slopes):
@@ -344,24 +312,22 @@ class Root(Slopes):
 def test_learning_rate_by_hand():
     """A constant slope of 1: Adam's step is the learning rate, here 1/10 of its share. Of 20 steps
     two are warm-up (1/2, 1), then 1 to step 11, then down by 1/10 a step to 1/10."""
-    watch = Watch()
+    watch = Watch("watched")
     fit(one_weight(), Slopes([1.0]), recipe(20, 0.1), 0, progress=watch)
-    steps = [before - after for before, after in zip([1.0, *watch.weights], watch.weights)]
+    steps = [before - after for before, after in zip([1.0, *watch.lines], watch.lines)]
     shares = [0.5, *[1] * 10, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
     close(steps, [0.1 * share for share in shares], 1e-5)
 
 
 def test_clipping_and_no_weight_decay_by_hand():
     """Slopes 1/2 and 100, learning rate 0.1 (its share is 1 in the first two of four steps).
-
     Step 1: m / (1 - 0.9) = g and v / (1 - 0.95) = g^2, so w = 1 - 0.1. Step 2, with 100 clipped to
     1: m = (0.9 0.05 + 0.1) / (1 - 0.81) = 0.763158, v = (0.95 0.0125 + 0.05) / (1 - 0.9025) =
     0.634615, m / sqrt(v) = 0.957986: w = 0.9 - 0.0957986. Without clipping the step would be
-    0.0738, and with a weight decay of 0.3 w would shrink by 3% a step.
-    """
-    watch = Watch()
+    0.0738, and with a weight decay of 0.3 w would shrink by 3% a step."""
+    watch = Watch("watched")
     fit(one_weight(), InTurn([0.5, 100.0, 1.0, 1.0]), recipe(4, 0.1), 0, progress=watch)
-    close(watch.weights[:2], [0.9, 0.9 - 0.0957986], 1e-5)
+    close(watch.lines[:2], [0.9, 0.9 - 0.0957986], 1e-5)
 
 
 def test_the_seed_orders_the_batches():
@@ -374,8 +340,8 @@ def test_the_seed_orders_the_batches():
 
 
 def test_training_moves_the_policy_alone(small):
-    """After 3 steps of KD all weights of the student have moved. Its start and the teacher have not,
-    took no gradient, and the trained student is frozen itself."""
+    """After 3 steps of KD all weights have moved and are frozen. Those of the start and the teacher
+    have not, and took no gradient."""
     still = small.student, small.teacher
     before = copy.deepcopy([model.state_dict() for model in still])
     trained = fit(small.student, KD(small.pairs, small.teacher), recipe(3, 1e-2), 0)
@@ -388,17 +354,16 @@ def test_training_moves_the_policy_alone(small):
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step():
     """sqrt(0 w) is 0 with a gradient of NaN. The line names stage and step."""
-    watch = Watch()
+    watch = Watch("watched")
     with pytest.raises(FloatingPointError, match=r"watched: loss 0.0, gradient norm nan at step 1; "
                                                  r".* not finite or too large"):
         fit(one_weight(), Root([1.0]), recipe(3, 0.1), 0, progress=watch)
-    assert watch.weights == []
+    assert watch.lines == []
 
 
 # --- the check of the first batch ----------------------------------------------------------------
 
 def test_another_reference_is_noticed(small):
-    fit(small.student, DPO(small.pairs, small.ref_logps, 1.0), recipe(1, 0.1), 0)
     wrong = DPO(small.pairs, pair_logps(small.teacher, small.pairs), 1.0)
     with pytest.raises(CheckFailed, match="policy and reference are not scored alike"):
         fit(small.student, wrong, recipe(1, 0.1), 0)

@@ -19,7 +19,7 @@ from harness.evaluate import HeldOut, cached_margins, policy_kl, spoken
 from harness.options import Recipe, parse_args
 from harness import tokenizers
 from harness.progress import Progress
-from harness.table import interval
+from harness.numbers import interval
 from harness.texts import load_task
 from model import GPT, both_responses, rows_logps_with_grad, response_logps
 from small_run import SMALL

@@ -213,7 +213,7 @@ def test_ctrl_c(whole, tmp_path):
     out, rare = tmp_path / "out", "--save_interval=1000"
     assert child(out, rare, before=AfterStep(3, signal.SIGINT)) == 130
     assert "stopping after this step" in printed_by(out)
-    assert "train.py: stopped; the same command goes on from here" in printed_by(out)
+    assert "train.py: stopped; the same command continues from here" in printed_by(out)
     assert keep.read(out / "seed0" / "teacher-sft.pt.partial")["step"] == 3
     assert child(out, rare, before=AfterStep(4, signal.SIGKILL)) == -signal.SIGKILL
     assert (f"{out / 'seed0'}: an interrupted run left nothing finished and part of teacher-sft; "
@@ -666,7 +666,8 @@ def test_no_room(tmp_path, capsys, room, name):
 def test_no_room_for_the_report_names_it(whole, tmp_path, capsys, monkeypatch):
     """The models are kept: with room again, the same command has only to write."""
     out = copy_of(whole, tmp_path)
-    monkeypatch.setattr(outcome, "write_report", no_room)
+    # Full from here on.
+    monkeypatch.setattr(outcome, "page", lambda *_: monkeypatch.setattr(os, "fsync", no_room) or "")
     assert train.main([*OFTEN, f"--out={out}"]) == 2
     assert capsys.readouterr().err == (
         f"train.py: --out: expected a folder with room to write {out / 'report.html'}: No space "

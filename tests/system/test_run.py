@@ -8,10 +8,13 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,13 +24,13 @@ import data
 import train
 from conftest import ROOT, close
 from data import Example, Pair
-from harness.errors import UserError
+from harness.errors import CheckFailed, UserError
 from harness import tokenizers
 from harness import evaluate
 from harness.evaluate import HeldOut, policy_kl
 from harness.keep import file_of
 from harness.options import Config, parse_args
-from harness.outcome import exit_code, without_nan
+from harness.outcome import exit_code
 from harness.texts import load_task
 from harness.weights import pretrained
 from model import GPT, GPTConfig, both_responses, rows_logps
@@ -550,7 +553,6 @@ def test_an_unknown_number_is_null(tmp_path):
     [row] = [row for row in rows.values() if row["method"] == "dpo"]
     assert [row[name] for name in ("true_acc", "true_acc_ci", "reward_ci")] == [None] * 3
     assert row["pref_n"] == 1 and row["reward"] is not None
-    assert without_nan({"x": [1.0, math.nan, (math.inf,)]}) == {"x": [1.0, None, [None]]}
 
 
 def same_reward(pair):
@@ -659,15 +661,15 @@ def fails(error):
     raise error
 
 
+NO_ROOM = "out of memory; try a smaller --micro_batch, --samples or model"
+
+
 @pytest.mark.parametrize("error, status, message", [
     (UserError("--x: expected y"), 2, "--x: expected y"),
     (FloatingPointError("loss nan\x1b[0m"), 1, "loss nan\ufffd[0m"),
-    (KeyboardInterrupt(), 130, "stopped; the same command goes on from here"),
-    (MemoryError(), 2, "expected models and batches that fit in memory; try smaller ones"),
-    (RuntimeError("can't allocate memory: 9 bytes\nframe 1"), 2,
-     "expected models and batches that fit in memory, try smaller ones: can't allocate memory: "
-     "9 bytes"),
-    (RuntimeError("the step 0 check failed: x"), 1, "the step 0 check failed: x"),
+    (KeyboardInterrupt(), 130, "stopped; the same command continues from here"),
+    (MemoryError(), 2, NO_ROOM), (torch.OutOfMemoryError("x"), 2, NO_ROOM),
+    (CheckFailed("the step 0 check failed: x"), 1, "the step 0 check failed: x"),
     (OSError(errno.ENOSPC, "No space left", "a\nb"), 2,
      "expected files that can be read and written: [Errno 28] No space left: 'a\\nb'"),
 ])
@@ -676,8 +678,14 @@ def test_how_a_run_ends(capsys, error, status, message):
     assert capsys.readouterr().err == f"train.py: {message}\n"
 
 
+def test_memory_that_torch_cannot_have(capsys):
+    """4 PB: torch's error for the CPU has no type of its own."""
+    assert exit_code(torch.empty, 10 ** 15) == 2
+    assert capsys.readouterr().err == f"train.py: {NO_ROOM}\n"
+
+
 def test_an_error_of_the_program_keeps_its_traceback():
-    for error in (RuntimeError("size mismatch"), RuntimeError(), TypeError("x")):
+    for error in (RuntimeError("the step 0 check failed"), RuntimeError("memory"), TypeError("x")):
         with pytest.raises(type(error)):
             exit_code(fails, error)
 
@@ -719,10 +727,19 @@ def delete_working_folder():
     os.rmdir(os.getcwd())
 
 
+def print_to_full():
+    sys.stdout = open("/dev/full", "w", encoding="utf-8")
+
+
 def test_a_closed_stdout(tmp_path):
-    """The run ends well, with its results. Where the reader of a pipe left, it ends silently."""
+    """The run ends well, with its results. Where the reader of a pipe left, or the disk is full, it
+    ends in one line."""
     assert forked(close_stdout, tmp_path / "out") == (0, "") and len(rows_of(tmp_path / "out")) == 4
-    assert forked(print_to_nobody, tmp_path / "left") == (1, "")
+    assert forked(print_to_nobody, tmp_path / "left") == (
+        141, "train.py: stopped: nobody reads its output; the same command continues\n")
+    assert forked(print_to_full, tmp_path / "full") == (
+        2, "train.py: expected files that can be read and written: stdout: [Errno 28] No space "
+        "left on device\n")
 
 
 def test_a_deleted_working_folder(tmp_path):
@@ -740,6 +757,33 @@ def odd_surroundings():
 def test_odd_surroundings(tmp_path):
     """The \u00b1 of the table is not in ASCII; nobody waits for a second process."""
     assert forked(odd_surroundings, tmp_path / "out") == (0, "")
+
+
+def test_ctrl_c_again_and_again_while_the_command_ends(tmp_path):
+    """Five of them, 10 ms apart: one line that says how to go on, and nothing behind it."""
+    command = [sys.executable, "-W", "error", str(ROOT / "train.py"), *TINY, f"--out={tmp_path}",
+               "--teacher_sft_steps=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while " loss " not in process.stdout.readline():
+        assert process.poll() is None
+    for _ in range(5):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    last = process.communicate()[1].splitlines()[-2:]
+    assert process.returncode == 130 and last == [
+        "stopping after this step; Ctrl-C again stops at once",
+        "train.py: stopped; the same command continues from here"]
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    """results.json holds no half characters, and no file of the run stays open."""
+    out = f"{tmp_path}/\udcff"
+    command = [sys.executable, "-W", "error", str(ROOT / "train.py"), *TINY, f"--out={out}",
+               "--methods=dpo"]
+    done = subprocess.run(command, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    results = (Path(out) / "results.json").read_text(encoding="utf-8")
+    assert json.loads(results)["config"]["out"] == f"{tmp_path}/\ufffd"
 
 
 @pytest.mark.slow
