@@ -17,8 +17,8 @@ from harness.preferences import counted, load_pairs
 from harness.sampling import sample
 from harness.steps import under_torchrun
 from harness.tokenizers import load_tokenizer, named_tokenizer
-from harness.weights import export_model
-from model import batches, both_responses, device_of, response_logps
+from harness.weights import export_model, export_targets
+from model import device_of, response_logps
 
 ANSWERS, SPACE = 3, "\u2423"
 WORD = f"(?:{'|'.join([*data.THINGS, *data.ALL_FACTS])})"
@@ -83,15 +83,19 @@ def use_run(config, device):
     if under_torchrun() and os.environ.get("RANK") != "0":
         return
     refuse_inside("score", config.score, config.out)
-    refuse_inside("export", config.export, config.out)
     pairs = load_pairs(config.score) if config.score else None      # refused before anything else
     past, tokenizer, models = load_run(config, device)
+    exported = {name: model for name, (model, _, _) in models.items()}
+    if "teacher" in models:
+        exported["teacher-sft"] = models["teacher"][1]
+    targets = export_targets(config.export, config.out, exported) if config.export else {}
     if config.ask:
         ask(config, past, tokenizer, models)
     if config.score:
         score_pairs(pairs, config, past, tokenizer, models)
-    if config.export:
-        export(config, tokenizer, models)
+    for name, target in targets.items():
+        export_model(exported[name], target, tokenizer)
+        print(f"  {name:<20} {printable(target)}")
 
 
 def ask(config, past, tokenizer, models):
@@ -112,13 +116,11 @@ def ask(config, past, tokenizer, models):
                            {name: model for name, (model, _, _) in models.items()}, tokenizer, past,
                            config.seed)
     for name, responses in answers.items() if config.tokens else ():
-        teacher, teacher_ref, beta = models["teacher"]
-        response = data.Example(ids, responses[0])
-        psi = [beta * x for x in token_logratios(teacher, teacher_ref, [response])[0]]
+        psi = implicit_psi(*models["teacher"], ids, responses[0])
         print(f"\npsi of the first answer of {name}, implicit value of the teacher "
               f"(sum {sum(psi):+.2f}):")
         print("  " + " ".join(f"{printable(spoken([token], tokenizer).strip()) or SPACE}[{x:+.2f}]"
-                              for token, x in zip(response.response, psi)))
+                              for token, x in zip(responses[0], psi)))
 
 
 def show_answers(prompts, ids, models, tokenizer, config, seed):
@@ -140,22 +142,19 @@ def show_answers(prompts, ids, models, tokenizer, config, seed):
 
 
 @torch.no_grad()
-def token_logratios(model, ref, rows):
-    """log pi(a_t|s_t) / pi_ref(a_t|s_t) of the response tokens of each row: lists of nats."""
-    logratios = [None] * len(rows)
-    for ids, tokens, mask in batches(rows, 64, device_of(model)):
-        logps, ref_logps = (response_logps(m, tokens, mask) for m in (model, ref))      # (B, T)
-        for i, logratio, scored in zip(ids, logps - ref_logps, mask):
-            logratios[i] = logratio[scored].tolist()
-    return logratios
+def implicit_psi(teacher, teacher_ref, beta, prompt, response):
+    """psi of every token of a response with `implicit` values: the teacher's log-ratios * beta."""
+    tokens, mask = data.collate([data.Example(prompt, response)], device_of(teacher))
+    logps, ref_logps = (response_logps(m, tokens, mask)[mask] for m in (teacher, teacher_ref))
+    return (beta * (logps - ref_logps)).tolist()
 
 
 def score_pairs(pairs, config, past, tokenizer, models):
     """scores.jsonl in --out: the pairs of --score in the layout of --data, with what models say.
 
     Each line has the pair, "margins" and "logps" (of chosen and rejected) of every model and the
-    teacher's implicit values as "chosen_value" and "rejected_value"; with --tokens the "tokens" as
-    text and their "log_ratios". Pairs that do not fit the context are left out, and named.
+    teacher's implicit values as "chosen_value" and "rejected_value". Pairs that do not fit the
+    context are left out, and named.
     """
     fitting, ids, cut = data.encode(counted(pairs, "tokenised"), tokenizer, past.block_size)
     number = {id(pair): i for i, pair in enumerate(pairs)}
@@ -167,14 +166,8 @@ def score_pairs(pairs, config, past, tokenizer, models):
     print(f"{len(pairs)} pairs, counted from 0; {cut} with the prompt cut from the left, "
           f"{len(left_out)} left out because a response does not fit in {past.block_size} tokens"
           f"{which if left_out else ''}")
-    both = both_responses(ids)
     lines = [{"pair": number[id(text)], "prompt": text.prompt, "chosen": text.chosen,
               "rejected": text.rejected, "margins": {}, "logps": {}} for text in fitting]
-    if config.tokens:
-        for line, *rows in zip(lines, both[:len(ids)], both[len(ids):]):
-            line["tokens"] = {which: [tokenizer.decode([token]) for token in row.response]
-                              for which, row in zip(("chosen", "rejected"), rows)}
-            line["log_ratios"] = {}
     for name, (model, ref, beta) in models.items():
         policy, reference = (all_pair_logps(m, ids, past.batch_size) for m in (model, ref))
         margins = reward_margins(*policy, *reference, beta)
@@ -184,23 +177,9 @@ def score_pairs(pairs, config, past, tokenizer, models):
         if name == "teacher":
             for line, chosen, rejected in zip(lines, *(beta * (policy - reference)).tolist()):
                 line["chosen_value"], line["rejected_value"] = chosen, rejected
-        if config.tokens:
-            ratios = token_logratios(model, ref, both)
-            for line, chosen, rejected in zip(lines, ratios[:len(ids)], ratios[len(ids):]):
-                line["log_ratios"][name] = {"chosen": chosen, "rejected": rejected}
         print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, "
               f"accuracy {is_correct(margins).mean().item():.3f}, n = {len(ids)}")
     path, held = Path(config.out) / "scores.jsonl", lock(Path(config.out))      # no run may go on
     write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     held.close()
     print(f"scores in {printable(path)}")
-
-
-def export(config, tokenizer, models):
-    """Every model of a run, and the teacher's reference, as FOLDER/LABEL/ for transformers."""
-    models = {name: model for name, (model, _, _) in models.items()} | {
-        "teacher-sft": ref for name, (_, ref, _) in models.items() if name == "teacher"}
-    for name, model in models.items():
-        folder = Path(config.export) / file_of(name, "")
-        export_model(model, folder, tokenizer)
-        print(f"  {name:<20} {printable(folder)}")

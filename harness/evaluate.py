@@ -10,6 +10,7 @@ import data
 from harness.numbers import interval
 from harness.sampling import sample
 from harness.steps import two_at_once
+from harness.tokenizers import text_of
 from model import batches, both_responses, device_of, rows_logps
 
 
@@ -61,7 +62,7 @@ def is_correct(margins):
 
 def spoken(response, tokenizer):
     """Response ids -> text, without EOS."""
-    return tokenizer.decode([token for token in response if token != tokenizer.eot_token])
+    return text_of([token for token in response if token != tokenizer.eot_token], tokenizer)
 
 
 def policy_kl(model, ref, rows, batch_size):

@@ -9,21 +9,27 @@ import torch
 from harness.errors import UserError
 from model import VALUES
 
-TERMINALS = ("zero", "hold", "value")
 TERMINAL_OF = {**{name: usual for name, (_, usual) in VALUES.items()}, "given": "value"}
-ZERO_ALLOWED = ("seed", "train_pairs", "student_pairs", "micro_batch", "tokens")
-LARGEST = {"tokens": 1, "seeds": 10 ** 6, "batch_size": 10 ** 6,
-           "block_size": 10 ** 6, "vocab_size": 10 ** 6, "max_new_tokens": 10 ** 6,
-           "samples": 10 ** 4, "layers": 10 ** 3, "heads": 10 ** 3, "width": 10 ** 5}
-PRETRAINED = {"sft_lr": 5e-5, "dpo_lr": 1e-5}   # usual rates for weights that are trained already
 EPOCHS = ("teacher_sft_steps", "teacher_dpo_steps", "student_sft_steps", "steps")
+RATES = ("teacher_sft_lr", "teacher_dpo_lr", "student_sft_lr", "lr", "distill_lr")
+SFT_RATE, DPO_RATE = 5e-5, 1e-5                 # usual for weights that are trained already
 USES_A_RUN = ("ask", "score", "export")         # these train nothing
 
 
-def option(default, help, group=None, with_data=None):
-    """A field of Config. group: begins a section of --help; with_data: the default with --data."""
+def option(default, help, group=None, with_data=None, among=(1, 10 ** 6)):
+    """A field of Config. group: begins a section of --help; with_data: the default with --data.
+
+    among: the least and the largest value, or all texts that are allowed.
+    """
     with_data = default if with_data is None else with_data
-    return field(default=default, metadata={"help": help, "group": group, "with_data": with_data})
+    return field(default=default, metadata={"help": help, "group": group, "with_data": with_data,
+                                            "among": among})
+
+
+def rate(default, help, initial=None, with_data=None):
+    """The option of a learning rate. initial: the default beside --teacher_init, --student_init."""
+    return option(default, f"learning rate of {help}; with pre-trained weights {initial:g}",
+                  with_data=with_data, among=(1e-12, 1e6))
 
 
 @dataclass(frozen=True)
@@ -39,49 +45,49 @@ class Recipe:
 
 @dataclass
 class Config:
-    data: str = option("", "JSONL file of preference pairs; empty: the toy task", "what to run")
-    methods: tuple = option(("bc", "kd", "dpo", "tvkd"),
-                            "how to train the student, a row of the table each: any of the default")
-    out: str = option("out", "folder for results.json, log.jsonl, and the weights of each seed")
-    seed: int = option(0, "seed of everything: toy data, split, weights, batches, sampling")
+    data: str = option("", "file of preference pairs; empty: the toy task", "what to run")
+    methods: tuple = option(("bc", "kd", "dpo", "tvkd"), "some of bc, kd, dpo, tvkd, soft: how to "
+                            "train the student, a row of the table each")
+    out: str = option("out", "folder for results.json, log.jsonl, and the weights of each seed",
+                      with_data="out-data")
+    seed: int = option(0, "seed of everything: toy data, split, weights, batches, sampling",
+                       among=(0, 2 ** 62))
     seeds: int = option(1, "number of full runs, with seeds seed, seed+1, ...")
-    device: str = option("auto", "cpu, cuda, mps, or auto for the best of them here")
+    device: str = option("auto", "cpu, cuda, mps, or auto for the best of them here",
+                         among=("auto", "cpu", "cuda", "mps"))
     ask: str = option("", "answer this prompt with every model of the run in --out",
                       "use a finished run, train nothing")
-    score: str = option("", "score the pairs of this JSONL file with those models, into "
-                            "scores.jsonl in --out")
-    tokens: int = option(0, "1, beside --score: log-ratios of every token; beside --ask: psi of "
-                            "each model's first answer, token by token")
+    score: str = option("", "score the pairs of this file into scores.jsonl in --out")
     export: str = option("", "write those models into this folder, for the transformers library")
+    tokens: int = option(0, "1, beside --ask: psi of each token of a first answer", among=(0, 1))
     alpha: float = option(1.0, "weight of the teacher's psi in TVKD; 0 is DPO, below 0 the plus "
-                               "reading of the loss", "the loss")
+                               "reading of the loss", "the loss", among=(-1e6, 1e6))
     beta: float = option(1.0, "strength of the student's KL penalty in DPO and TVKD; larger stays "
-                              "closer to the reference", with_data=0.1)
+                              "closer to the reference", with_data=0.1, among=(1e-12, 1e6))
     gamma: float = option(1.0, "discount in psi = gamma V(s') - V(s); below 1 the sum of psi "
-                               "depends on the length")
+                               "depends on the length", among=(0, 1e6))
     value: tuple = option(("implicit", "logits"), "teacher's value, a TVKD row each: implicit (its "
                           "log-ratios), logits (their logsumexp), given (from the rows of --data)")
     terminal: str = option("", "potential of the finished response: zero, hold, value; empty: "
-                               "hold for logits, else value")
+                               "hold for logits, else value", among=("zero", "hold", "value", ""))
     teacher_beta: float = option(1.0, "beta of the teacher's own DPO, and so of its value",
-                                 with_data=0.1)
+                                 with_data=0.1, among=(1e-12, 1e6))
     tokenizer: str = option("", "an encoding tiktoken knows, such as gpt2; empty: a vocabulary "
                                 "learned from the training text", "data")
     vocab_size: int = option(512, "largest learned vocabulary, EOS included", with_data=2048)
-    block_size: int = option(64, "context: the longest prompt + response + EOS, in tokens",
-                             with_data=1024)
+    block_size: int = option(64, "longest prompt + response + EOS, in tokens", with_data=1024)
     train_pairs: int = option(3000, "training pairs, all of which the teacher sees; 0: all that "
-                                    "are left", with_data=0)
+                                    "are left", with_data=0, among=(0, 2 ** 62))
     student_pairs: int = option(300, "training pairs the student sees; 0: all of the teacher's",
-                                with_data=0)
+                                with_data=0, among=(0, 2 ** 62))
     val_pairs: int = option(200, "pairs for the curves and for choosing settings", with_data=20)
-    test_pairs: int = option(500, "held-out pairs for the table", with_data=100)
-    teacher_layers: int = option(2, "blocks of the teacher", "models")
-    teacher_heads: int = option(8, "attention heads of the teacher")
-    teacher_width: int = option(96, "channels of the teacher")
-    student_layers: int = option(2, "blocks of the student")
-    student_heads: int = option(4, "attention heads of the student")
-    student_width: int = option(48, "channels of the student")
+    test_pairs: int = option(500, "held-out pairs for the table", with_data=200)
+    teacher_layers: int = option(2, "blocks of the teacher", "models", among=(1, 1000))
+    teacher_heads: int = option(8, "attention heads of the teacher", among=(1, 1000))
+    teacher_width: int = option(96, "channels of the teacher", among=(1, 10 ** 5))
+    student_layers: int = option(2, "blocks of the student", among=(1, 1000))
+    student_heads: int = option(4, "attention heads of the student", among=(1, 1000))
+    student_width: int = option(48, "channels of the student", among=(1, 10 ** 5))
     teacher_init: str = option("", "weights the teacher starts from: a nanoGPT checkpoint, a file "
                                    "of another run, or a GPT-2 folder of the transformers library")
     student_init: str = option("", "the same for the student")
@@ -90,27 +96,26 @@ class Config:
     batch_size: int = option(64, "pairs in a step of a preference stage; supervised stages take "
                                  "as many rows", "training", with_data=8)
     micro_batch: int = option(0, "pairs, or rows, in memory at a time, for the gradient of the "
-                                 "same batch; 0: the whole batch")
+                                 "same batch; 0: the whole batch", among=(0, 10 ** 6))
     precision: str = option("auto", "of the blocks' matrix products: float32, bfloat16, or auto: "
-                                    "bfloat16 on CUDA that supports it")
-    teacher_sft_steps: int = option(400, "steps of the teacher's fine-tuning", with_data=-3)
-    teacher_dpo_steps: int = option(94, "steps of the teacher's DPO", with_data=-2)
-    student_sft_steps: int = option(600, "steps of the student's fine-tuning", with_data=-3)
-    steps: int = option(60, "steps of every method that trains the student; with all four, -N: N "
-                            "epochs", with_data=-2)
-    teacher_sft_lr: float = option(3e-3, "learning rate of the teacher's fine-tuning; with "
-                                         f"--teacher_init {PRETRAINED['sft_lr']:g}")
-    teacher_dpo_lr: float = option(3e-4, "learning rate of the teacher's DPO; with --teacher_init "
-                                         f"{PRETRAINED['dpo_lr']:g}", with_data=1e-4)
-    student_sft_lr: float = option(5e-3, "learning rate of the student's fine-tuning; with "
-                                         f"--student_init {PRETRAINED['sft_lr']:g}")
-    lr: float = option(3e-4, "learning rate of the student in dpo, tvkd, soft; with --student_init "
-                             f"{PRETRAINED['dpo_lr']:g}", with_data=1e-4)
-    distill_lr: float = option(1e-2, "learning rate of the student in bc and kd; with "
-                                     f"--student_init {PRETRAINED['sft_lr']:g}", with_data=1e-3)
-    save_interval: float = option(30.0, "seconds between two checkpoints of a stage in training")
+                                    "bfloat16 on CUDA", among=("auto", "float32", "bfloat16"))
+    teacher_sft_steps: int = option(400, "steps of the teacher's fine-tuning; -N, here and below: "
+                                         "N epochs", with_data=-3, among=(-100, 2 ** 62))
+    teacher_dpo_steps: int = option(94, "steps of the teacher's DPO", with_data=-2,
+                                    among=(-100, 2 ** 62))
+    student_sft_steps: int = option(600, "steps of the student's fine-tuning", with_data=-3,
+                                    among=(-100, 2 ** 62))
+    steps: int = option(60, "steps of every method that trains the student", with_data=-2,
+                        among=(-100, 2 ** 62))
+    teacher_sft_lr: float = rate(3e-3, "the teacher's fine-tuning", SFT_RATE)
+    teacher_dpo_lr: float = rate(3e-4, "the teacher's DPO", DPO_RATE, 1e-4)
+    student_sft_lr: float = rate(5e-3, "the student's fine-tuning", SFT_RATE)
+    lr: float = rate(3e-4, "the student in dpo, tvkd and soft", DPO_RATE, 1e-4)
+    distill_lr: float = rate(1e-2, "the student in bc and kd", SFT_RATE, 1e-3)
+    save_interval: float = option(30.0, "seconds between two checkpoints of a stage in training",
+                                  among=(0, 1e6))
     samples: int = option(4, "sampled responses per held-out prompt, at temperature 1",
-                          "measuring", with_data=1)
+                          "measuring", with_data=1, among=(1, 10 ** 4))
     max_new_tokens: int = option(48, "longest sampled response, in tokens", with_data=128)
     log_interval: int = option(20, "steps between two lines of the log", with_data=10)
     eval_interval: int = option(30, "steps between two evaluations on the validation prompts")
@@ -128,16 +133,12 @@ class Config:
         steps = {name: math.ceil(-getattr(self, name) * size / self.batch_size)
                  for name, size in sizes.items() if getattr(self, name) < 0}
         if steps:
-            rates = ("teacher_sft_lr", "teacher_dpo_lr", "student_sft_lr", "lr", "distill_lr")
-            print("  " + ", ".join(f"--{name}={x}" for name, x in steps.items()) + "; "
-                  + ", ".join(f"--{name}={getattr(self, name):g}" for name in rates))
+            chosen = steps | {name: f"{getattr(self, name):g}" for name in RATES}
+            print("  " + " ".join(f"--{name}={x}" for name, x in chosen.items()))
         return replace(self, **steps)
 
     def terminal_of(self, kind):
-        """The potential of the finished response: --terminal, or the default of a kind of value.
-
-        "hold" for logits: the network's output after EOS was never trained.
-        """
+        """The potential of the finished response: --terminal, or the usual one of this value."""
         return self.terminal or TERMINAL_OF[kind]
 
     def expect(self, name, holds, expected):
@@ -150,24 +151,17 @@ class Config:
     def check(self, methods):
         """Raise UserError naming the first option whose value cannot work."""
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is int:
-                least = -100 if f.name in EPOCHS else 0 if f.name in ZERO_ALLOWED else 1
-                most = LARGEST.get(f.name, LARGEST.get(f.name.split("_")[-1], 2 ** 62))
-                close = most < 2 ** 62 or value > most
-                expected = f"{least} to {most}" if close else f"at least {least}"
-                self.expect(f.name, least <= value <= most, expected)
-            if f.type is float:
-                least = {"alpha": -1e6, "gamma": 0, "save_interval": 0}.get(f.name, 1e-12)
-                self.expect(f.name, least <= value <= 1e6, f"a number from {least:g} to 1e6")
+            value, among = getattr(self, f.name), f.metadata["among"]
+            if f.type in (int, float):
+                least, most = (f"{x:g}" if f.type is float else x for x in among)
+                expected = f"at least {least}" if among[1] == 2 ** 62 else f"{least} to {most}"
+                self.expect(f.name, among[0] <= value <= among[1], expected)
+            elif isinstance(among[0], str):
+                self.expect(f.name, value in among, f"one of {', '.join(filter(None, among))}")
         for name, known in (("methods", methods), ("value", TERMINAL_OF)):
             chosen = getattr(self, name)
             self.expect(name, len(set(chosen)) == len(chosen) and set(chosen) <= set(known),
                         f"some of {','.join(known)}, each once")
-        self.expect("precision", self.precision in ("auto", "float32", "bfloat16"),
-                    "one of auto, float32, bfloat16")
-        self.expect("terminal", self.terminal in ("", *TERMINALS),
-                    f"one of {', '.join(TERMINALS)}, or nothing")
         if "given" in self.value:
             self.expect("value", self.data, "--data beside given: the toy task has no such values")
             self.expect("terminal", self.terminal in ("", "value"), "value beside --value=given")
@@ -175,8 +169,6 @@ class Config:
         for name in ("teacher_dpo_steps", "steps"):
             self.expect(name, getattr(self, name), "at least 1, or -N for N epochs")
         self.expect("train_pairs", self.train_pairs or self.data, "at least 1 on the toy task")
-        self.expect("device", self.device in ("auto", "cpu", "cuda", "mps"),
-                    "one of auto, cpu, cuda, mps")
         self.expect("teacher", not self.teacher or self.teacher_init,
                     "its reference beside it, --teacher_init")
         for who in ("teacher", "student"):
@@ -218,8 +210,8 @@ def parse_args(argv, methods, description=None):
     if unused and uses:
         parser.error(f"--{min(unused)}: expected only --out, --seed, --device and --tokens beside "
                      f"--{uses[0]}")
-    if "tokens" in given and not {"ask", "score"} & set(uses):
-        parser.error("--tokens: expected --ask or --score beside it")
+    if "tokens" in given and "ask" not in given:
+        parser.error("--tokens: expected --ask beside it")
     for name in sorted(given):
         who, _, size = name.partition("_")
         if size in ("layers", "heads", "width") and f"{who}_init" in given:
@@ -227,10 +219,9 @@ def parse_args(argv, methods, description=None):
                          "their sizes")
     defaults = {f.name: f.metadata["with_data"] for f in fields(Config)} if "data" in given else {}
     if "teacher_init" in given:
-        defaults |= {f"teacher_{name}": rate for name, rate in PRETRAINED.items()}
+        defaults |= {"teacher_sft_lr": SFT_RATE, "teacher_dpo_lr": DPO_RATE}
     if "student_init" in given:
-        defaults |= {"student_sft_lr": PRETRAINED["sft_lr"], "lr": PRETRAINED["dpo_lr"],
-                     "distill_lr": PRETRAINED["sft_lr"]}
+        defaults |= {"student_sft_lr": SFT_RATE, "lr": DPO_RATE, "distill_lr": SFT_RATE}
     if given.get("value") == ("given",) and "methods" not in given:     # no teacher is needed
         defaults["methods"] = tuple(name for name in Config.methods if not {
             "teacher", "answers"} & {field.name for field in fields(methods[name][0])})

@@ -5,6 +5,7 @@ import re
 
 import data
 from harness.evaluate import held_out_margins
+from harness.tokenizers import text_of
 from model import action_psi, both_responses, state_values
 
 SHOWN, PLOTTED = 6, 200         # pairs of the page: token by token, and as points of its plots
@@ -36,7 +37,7 @@ def psi_of_pairs(kind, terminal, gamma, teacher, teacher_ref, teacher_beta, stud
             if held_out.toy:
                 side["reward"] = data.reward(text.prompt, response)
             if i < SHOWN:
-                tokens = [held_out.tokenizer.decode([token]) for token in rows[j].response]
+                tokens = [text_of([token], held_out.tokenizer) for token in rows[j].response]
                 kinds = [""] * len(tokens)
                 if held_out.toy:
                     kinds = token_kinds(text.prompt, response, tokens)

@@ -63,15 +63,35 @@ def merge(parts, left, right):
 
 def named_tokenizer(name):
     """An encoding that tiktoken knows by name, such as "gpt2"; downloaded at first use."""
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        raise UserError(f"--tokenizer: expected one of {', '.join(names)}, got {name:.60}")
     try:
-        return tiktoken.get_encoding(name)
-    except ValueError:
-        names = ", ".join(tiktoken.list_encoding_names())
-        raise UserError(f"--tokenizer: expected one of {names}, got {name}") from None
+        tokenizer = tiktoken.get_encoding(name)
+        tokenizer.eot_token             # KeyError: a plugin's vocabulary need not have one
+        return tokenizer
+    except KeyError:
+        raise UserError(f"--tokenizer: expected a vocabulary with {END_OF_TEXT}, got {name}"
+                        ) from None
+    except ValueError:                  # another hash than tiktoken's
+        raise UserError(f"--tokenizer: the download of {name}, or its file in TIKTOKEN_CACHE_DIR, "
+                        f"holds other bytes than expected, such as a proxy's page; fetch it where "
+                        f"there is an open network, or leave --tokenizer out") from None
     except OSError as error:
         raise UserError(f"--tokenizer: {name} could not be downloaded ({type(error).__name__}); "
                         f"fetch it once where there is a network and set TIKTOKEN_CACHE_DIR to the "
                         f"folder that holds it, or leave --tokenizer out") from None
+
+
+def text_of(ids, tokenizer):
+    """Ids -> text, U+FFFD for ids without one: cl100k_base leaves out 16 below its largest."""
+    parts = []
+    for token in ids:
+        try:
+            parts.append(tokenizer.decode_single_token_bytes(token))
+        except KeyError:
+            parts.append("\ufffd".encode())
+    return b"".join(parts).decode(errors="replace")
 
 
 def tokenizer_text(tokenizer):

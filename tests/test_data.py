@@ -182,15 +182,31 @@ def test_round_trip_of_any_text_and_of_the_vocabulary(tmp_path):
         assert loaded.encode_ordinary(text) == tokenizer.encode_ordinary(text)
 
 
+def test_text_of_ids_without_text():
+    """é is c3 a9; a byte of it alone, and an id that no token has, are U+FFFD each."""
+    tokenizer = tiktoken.Encoding("gappy", pat_str=tokenizers.PIECES, special_tokens={"<end>": 300},
+                                  mergeable_ranks={bytes([b]): b for b in range(256)})
+    assert tokenizers.text_of([0xc3, 0xa9, 257, 0xc3, 300, 2**31], tokenizer) == (
+        "é\ufffd\ufffd<end>\ufffd")
+
+
 def test_named_tokenizer_errors(tmp_path, monkeypatch):
     """An unknown name lists the known ones; a download that fails (tests have no network) names
-    TIKTOKEN_CACHE_DIR."""
+    TIKTOKEN_CACHE_DIR, and so does one of another hash; a vocabulary of a plugin may lack EOS."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     with pytest.raises(UserError, match="--tokenizer: expected one of .*gpt2.*, got gpt3"):
         tokenizers.named_tokenizer("gpt3")
-    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(UserError, match="could not be downloaded .*TIKTOKEN_CACHE_DIR"):
         tokenizers.named_tokenizer("gpt2")
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda path: b"<html>Please log in</html>")
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR, holds other bytes than expected"):
+        tokenizers.named_tokenizer("gpt2")
+    bare = {"name": "bare", "pat_str": ".", "special_tokens": {},
+            "mergeable_ranks": {bytes([b]): b for b in range(256)}}
+    monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS, "bare", lambda: bare)
+    with pytest.raises(UserError, match="expected a vocabulary with <.endoftext.>, got bare"):
+        tokenizers.named_tokenizer("bare")
 
 
 # --- encode, collate, epochs ---------------------------------------------------------------------
