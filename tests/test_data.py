@@ -26,19 +26,16 @@ BYTES = tiktoken.Encoding("bytes", pat_str=tokenizers.PIECES,
 
 @pytest.mark.parametrize("response, facts, manners", [
     ("The cat is red and small.", 3, 0),                            # thing 1, facts 1 + 1
-    (" The cat is red, small, fast and old.", 5, 0),                # 1 + 4
     ("Of course! The cat is red, small, fast and old. Have a nice day.", 5, 1),     # the best: 6
     ("With pleasure. The cat is red and big.", 1, 0.5),             # 1 + 1 - 1
     ("The cat is red, red and red.", 0, 0),                         # 1 + 1 - 1 - 1: repeats
     ("The dog is red and small.", 1, 0),                            # -1 + 2
     ("The cat and the dog, red.", 1, 0),                            # 1 - 1 + 1: a further thing
     ("It is red.", 0, 0),                                           # 1, and no thing: -1
-    ("", -1, 0),
-    ("Of course! Now go away.", -1, 0),                             # + 1/2 - 1/2
+    ("", -1, 0), ("Of course! Now go away.", -1, 0),                # + 1/2 - 1/2
     ("Ugh, fine. The cat is red.", 2, -0.5), ("What a dull question. The cat is red.", 2, -0.5),
     ("The cat is red. I hope that helps.", 2, 0.5), ("The cat is red. Do not ask again.", 2, -0.5),
-    ("The cat is red. Of course!", 2, 0),                           # no opening: it stands last
-    ("Now go away. The cat is red.", 2, 0),                         # no closing: it stands first
+    ("The cat is red. Of course!", 2, 0), ("Now go away. The cat is red.", 2, 0),   # wrong end
 ])
 def test_reward_by_hand(response, facts, manners):
     assert reward_parts(PROMPT, response) == (facts, manners)
@@ -65,13 +62,10 @@ def test_toy_splits():
 
 def test_the_draws_of_a_seed_never_move():
     """Recorded results belong to a seed, so a seed must go on to mean these texts."""
-    splits = data.toy_splits(2, 1, 1, seed=0)
-    assert splits.sft[0] == Example(
-        "Describe the bird: black, little, slow, ancient.",
-        " With pleasure. The bird is little, ancient, black and slow. Do not ask again.")
-    assert splits.test == [Pair("Describe the chair: green, huge, fast, new.",
-                                " With pleasure. The chair is fast and huge.",
-                                " The chair is green, new, huge and swift. Do not ask again.")]
+    assert data.toy_splits(2, 1, 1, seed=0).test == [Pair(
+        "Describe the chair: green, huge, fast, new.",
+        " With pleasure. The chair is fast and huge.",
+        " The chair is green, new, huge and swift. Do not ask again.")]
 
 
 def test_toy_corpus_errs_as_stated():
@@ -120,11 +114,9 @@ def test_toy_labels_follow_bradley_terry():
 
 def test_learned_merges_by_hand():
     """"aaab aaab ab" has the pieces "aaab", " aaab" and " ab".
-
     aa stands there 2 + 2 = 4 times, ab 1 + 1 + 1 = 3 times, " a" twice: aa becomes id 256.
     Joined from left to right, aaab is now aa a b, so ab still stands there 3 times: id 257.
-    Now aaab is aa ab, and aa ab stands there twice: id 258. EOS is 259, and 260 ids are full.
-    """
+    Now aaab is aa ab, and aa ab stands there twice: id 258. EOS is 259, and 260 ids are full."""
     tokenizer = learn_tokenizer([Example("aaab aaab ab", "")], 260)
     learned = [tokenizer.decode_single_token_bytes(i) for i in (256, 257, 258)]
     assert learned == [b"aa", b"ab", b"aaab"]
@@ -158,8 +150,7 @@ def test_a_long_piece_teaches_its_first_1000_characters():
     text = "ab" * 500 + "x" * 10_000 + " ab" * 100_000 + " yyyy" * 10
     tokenizer = learn_tokenizer([Example(text, "y")], 290)
     tokens = [tokenizer.decode_single_token_bytes(i) for i in range(256, tokenizer.eot_token)]
-    assert b"ab" in tokens and b" ab" in tokens
-    assert not any(b"x" in token or b"y" in token for token in tokens)
+    assert {b"ab", b" ab"} <= {*tokens} and not any(b"x" in x or b"y" in x for x in tokens)
 
 
 def test_text_is_encoded_in_parts():
@@ -260,8 +251,6 @@ def test_epochs():
     first, second = sum(batches[:3], []), sum(batches[3:], [])
     assert sorted(first) == sorted(second) == list(range(7)) and first != second
 
-
-# --- what is printed -----------------------------------------------------------------------------
 
 def test_nothing_reaches_the_terminal_but_text():
     """Line feed, bell, ESC, C1 (0x9b alone starts a colour), right-to-left override, half of a
