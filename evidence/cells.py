@@ -1,9 +1,9 @@
 """What is trained: every experiment as data. evidence/controls.py says how.
 
 A cell is one student of one seed, or one measurement on its teacher. An experiment is a list of
-cells, trained for each of its seeds. Steps and learning rate of a cell come from `picker`: those
-with the highest mean score on the validation prompts of two further seeds. Every method of a tuning
-experiment has the same grid, and so the same number of tries.
+cells, trained for each of its seeds, seed by seed: a stopped record holds whole seeds and a part of
+one. Steps and learning rate of a cell come from `picker`: those with the highest mean score on the
+validation prompts of two further seeds. Every method has the same number of tries.
 """
 
 import json
@@ -16,20 +16,19 @@ from harness.options import Config
 
 
 class Cell(NamedTuple):
-    method: str                 # "teacher", "sft", "values", or one of evidence.controls.loss_of
+    method: str                 # "teacher", "sft", or one of evidence.controls.loss_of
     value: str | None = None    # whose psi is read
     terminal: str | None = None
     control: str = ""           # what is unusual about it, words of evidence.controls
     dose: float = 0             # how much of it
     options: tuple = ()         # (name, value) of every option of train.py not at its default
-    split: str = "test"         # the prompts it is measured on
+    split: str = "test"         # measured on; "choice": the test prompts of a split that only tunes
     teacher: str = ""           # which pairs and labels trained the teacher: evidence.controls
 
 
 class Experiment(NamedTuple):
-    seeds: range | tuple
+    seeds: tuple
     cells: list
-    swept: str = ""             # a cell is compared with the DPO of the same value of this
 
 
 def defaults(with_data):
@@ -55,6 +54,7 @@ def sweep(cells, option, values):
 # The methods
 
 IMPLICIT, HOLD = ("implicit", "value"), ("logits", "hold")
+TEACHER, SFT = Cell("teacher"), Cell("sft")
 BC, KD, DPO, KD_DPO = Cell("bc"), Cell("kd"), Cell("dpo"), Cell("kd+dpo")
 TVKD, LOGITS, KD_TVKD = Cell("tvkd", *IMPLICIT), Cell("tvkd", *HOLD), Cell("kd+tvkd", *IMPLICIT)
 # At beta (1 + alpha) the optimum is a weighted mean of both rewards, not their sum.
@@ -62,42 +62,29 @@ TVKD_MEAN = with_options(TVKD, beta=2.0)
 HALF = Cell("dpo", control="beta", options=(("beta", 0.5),))
 HARD, SOFT, MEAN, EVIDENCE = (Cell("dpo", *IMPLICIT, control)
                               for control in ("relabel", "soft", "mean", "evidence"))
-KD_SOFT = KD_DPO._replace(value="implicit", terminal="value", control="soft")
-TOP = Cell("kd", control="top", dose=1)
-FEW = sweep([KD], "student_pairs", (1, 10, 30))
 SHUFFLED = TVKD._replace(control="shuffled")
 ZERO = Cell("tvkd", "implicit", "zero")
-TUNED = [BC, KD, DPO, TVKD, LOGITS, TVKD_MEAN, HALF, HARD, SOFT, KD_DPO, KD_SOFT, KD_TVKD, TOP]
+WARM = [KD._replace(control="warm", dose=t) for t in (2, 4)]
 
 
-def plus(cell):
-    """The same with the plus sign."""
-    return with_options(cell._replace(control=f"{cell.control} plus".strip()), alpha=-1.0)
-
-
-PLUS = plus(TVKD)
-
-# Forms of the released code, full vocabulary in place of its 50 stored tokens. "normalised": the
-# value temperature * logsumexp(log p / temperature) of normalised log-probs; dose: the temperature.
-LENGTH = Cell("tvkd", "logits", "zero", options=(("gamma", 0.7),))
-FLAT, TEMPERED = (LENGTH._replace(control="normalised", dose=t) for t in (1, 2))
-# "entropy": the shipped recipe, log pi(y|x) - dose * entropies of the student's next states
-RECIPE, RECIPE_PLUS = (Cell("released", control="entropy", dose=sign) for sign in (1, -1))
-
+PLUS = with_options(TVKD._replace(control="plus"), alpha=-1.0)
 # Cells that take the settings of another, to differ from it in one thing.
-LIKE = {SHUFFLED: TVKD, PLUS: TVKD, ZERO: DPO, plus(LOGITS): LOGITS,
-        **dict.fromkeys((LENGTH, plus(LENGTH), FLAT, TEMPERED, plus(TEMPERED), RECIPE,
-                         RECIPE_PLUS), DPO)}
+LIKE = {SHUFFLED: TVKD, PLUS: TVKD, ZERO: DPO}
 
 # --------------------------------------------------------------------------------------------------
 # The tuning experiments
 
 TUNING_SEEDS = (100, 101)                               # in no table
-RATES = (3e-4, 1e-3, 3e-3)
-GRID = [{"steps": steps, "lr": lr} for steps in (60, 120) for lr in RATES]
-EDGES = [{"steps": steps, "lr": lr} for steps in (60, 120) for lr in (1e-4, 1e-2)]
-SHORT_GRID = [{"lr": lr} for lr in RATES]               # at the steps the cell has
-REAL_GRID = [{"lr": lr} for lr in (1e-4, 3e-4, 1e-3)]   # batches of 8 pairs, not 64
+TUNED = [BC, KD, DPO, TVKD, LOGITS, TVKD_MEAN, HALF, HARD, SOFT, KD_DPO, KD_TVKD]
+THREE = (3e-4, 1e-3, 3e-3)
+# A method's own window of rates: what copies the teacher at every token likes higher ones.
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FIRST_RATE = {"bc": 2, "kd": 2, "kd+dpo": 1, "kd+tvkd": 1}
+FAMILIES = {"dpo": [DPO, *sweep([DPO], "beta", (0.5, 2.0))],
+            "tvkd implicit/value": [TVKD, *sweep([TVKD], "beta", (0.5, 2.0))],
+            "dpo, teacher's soft labels": [SOFT, *sweep([SOFT], "beta", (0.25, 0.5))],
+            "kd": [KD, *WARM], "bc": [BC], "kd+tvkd": [KD_TVKD], "tvkd logits/hold": [LOGITS]}
+COMPARED = [DPO, TVKD, SOFT, KD]
 TEACHERS = ("full", "facts", "manners", "contrary")
 AGAINST = [BC, KD, TVKD, TVKD_MEAN, SOFT, MEAN, EVIDENCE, KD_DPO, KD_TVKD]      # all read a teacher
 # DPO reads no teacher: one row serves all four. Two answers a prompt, for there are many cells.
@@ -107,70 +94,98 @@ KNOWLEDGE = [with_options(cell, samples=2) for cell in (
 # Settings are chosen under the teacher of facts and used under all four.
 TUNED_KNOWLEDGE = [cell for cell in KNOWLEDGE if cell == KNOWLEDGE[0] or cell.teacher == "facts"]
 LIKE |= {cell: cell._replace(teacher="facts") for cell in KNOWLEDGE if cell not in TUNED_KNOWLEDGE}
+STUDENTS = [{"student_width": 24}, {}, {"student_width": 96}, {"student_layers": 4}]
+SIZES = [with_options(cell, **sizes, **({"teacher_width": width} if cell != DPO else {}))
+         for sizes in STUDENTS for width in (96, 192) for cell in COMPARED
+         if cell != DPO or width == 96]
+
+# On files. Batches of 8 pairs on the first two, as train.py has them.
 ON_FILES = [DPO, TVKD, SOFT, KD, BC]
 REAL = {"block_size": 256, "student_sft_steps": 200, "teacher_sft_steps": 200,
         "teacher_dpo_steps": 60, "steps": 120, "val_pairs": 150, "test_pairs": 250}
+HUMAN = {"block_size": 64, "batch_size": 64, "teacher_layers": 3, "teacher_heads": 8,
+         "teacher_width": 128, "student_layers": 2, "student_heads": 4, "student_width": 64,
+         "teacher_sft_steps": 600, "teacher_dpo_steps": 180, "teacher_dpo_lr": 3e-4,
+         "student_sft_steps": 400, "val_pairs": 100, "test_pairs": 1400, "max_new_tokens": 32}
+HUMAN_STEPS = {300: (30, 60, 120), 3000: (60, 120, 240)}
 
 
-def tuning(cells, grid, seeds=TUNING_SEEDS):
-    return Experiment(seeds, [with_options(cell, **setting)._replace(split="val")
-                              for cell in cells for setting in grid])
+def tuning(cells, all_steps, rates=None, seeds=TUNING_SEEDS, split="val", first=0, n=4):
+    """Every cell at each number of steps with each rate: those given, or n of the cell's own."""
+    tried = []
+    for cell in cells:
+        start = FIRST_RATE.get(cell.method, 0) + first
+        tried += [with_options(cell, steps=steps, lr=lr)._replace(split=split)
+                  for steps in all_steps for lr in rates or RATES[start:start + n]]
+    return Experiment(seeds, tried)
 
 
-def on_file(cells, file):
-    return [with_options(cell, data=file, **REAL) for cell in cells]
+def on_file(cells, file, options=REAL):
+    return [with_options(cell, data=file, **options) for cell in cells]
 
 
-def real_name(file):
-    return f"real_{os.path.splitext(os.path.basename(file))[0]}"
+def human(cells, file, n):
+    return on_file(cells, file, {**HUMAN, "student_pairs": n})
 
 
-def tunings(files=()):
-    """name -> Experiment: what chooses settings."""
-    return {"tune": tuning([*TUNED, *FEW], GRID),
-            "tune_knowledge": tuning(TUNED_KNOWLEDGE, SHORT_GRID),
-            **{f"tune_{real_name(file)}": tuning(on_file(ON_FILES, file), REAL_GRID, (100,))
-               for file in files}}
+def record_name(kind, file):
+    return f"{kind}_{os.path.splitext(os.path.basename(file))[0]}"
 
 
-def tuning_of(name):
-    """Which tuning experiment an experiment takes its settings from."""
-    return f"tune_{name}" if name == "knowledge" or name.startswith("real_") else "tune"
+def tuning_experiment(name, file=None):
+    """The Experiment that chooses settings, by name."""
+    if name.startswith("tune_human"):
+        parts = [tuning(human([*ON_FILES, KD_TVKD], file, n), steps, split="choice", n=3).cells
+                 for n, steps in HUMAN_STEPS.items()]
+        return Experiment(TUNING_SEEDS, sum(parts, []))
+    if name.startswith("tune_real"):
+        return tuning(on_file(ON_FILES, file), (120,), (1e-4, 3e-4, 1e-3), seeds=(100,))
+    if name == "tune_care":
+        planned = tuning(sum(FAMILIES.values(), []), (30, 60, 120, 240))
+        known = set(tuning_experiment("tune").cells)
+        return planned._replace(cells=[cell for cell in planned.cells if cell not in known])
+    return {"tune": tuning(TUNED, (60, 120), THREE),
+            "tune_knowledge": tuning(TUNED_KNOWLEDGE, (60,), THREE),
+            "tune_sizes": tuning(SIZES, (60,)),
+            "tune_epochs": tuning(COMPARED, EPOCHS, first=1)}[name]
+
+
+def tunings_of(name):
+    """Names of the tuning experiments that an experiment takes its settings from."""
+    if name == "care":
+        return ["tune", "tune_care"]
+    own = name in ("knowledge", "sizes", "epochs") or name.startswith(("real_", "human_"))
+    return [f"tune_{name}" if own else "tune"]
 
 
 # --------------------------------------------------------------------------------------------------
-# The experiments
+# The experiments. pick(cell, family, **setting) -> the cell with its chosen settings
 
-SEEDS, KNOWLEDGE_SEEDS, SWEEP_SEEDS = range(16), range(12), range(8)
+SEEDS, KNOWLEDGE_SEEDS, SWEEP_SEEDS = tuple(range(16)), tuple(range(12)), tuple(range(8))
+EPOCHS = (5, 9, 14)             # one, two and three epochs of 300 pairs, in batches of 64
 
 
 def experiment(name, pick, file=None):
-    """The Experiment of this name. pick(cell) -> the cell with its steps and learning rate."""
-    if name == "knowledge":
-        return Experiment(KNOWLEDGE_SEEDS, list(map(pick, KNOWLEDGE)))
-    if file:
-        cells = map(pick, on_file(ON_FILES, file))
-        return Experiment(SWEEP_SEEDS, [*on_file([Cell("sft")], file), *cells])
+    """The Experiment of this name."""
+    if name.startswith("real_"):
+        return Experiment(SWEEP_SEEDS, [*on_file([TEACHER, SFT], file),
+                                        *map(pick, on_file(ON_FILES, file))])
+    if name.startswith("human_"):
+        [teacher, sft] = on_file([TEACHER, SFT], file, HUMAN)
+        return Experiment(SWEEP_SEEDS, [teacher, sft, *(
+            pick(cell) for n in HUMAN_STEPS for cell in human([*ON_FILES, KD_TVKD], file, n))])
     return EXPERIMENTS[name](pick)
 
 
 def main_table(pick):
-    cells = [*TUNED, FEW[0], SHUFFLED, PLUS, ZERO]
-    return Experiment(SEEDS, [Cell("teacher"), Cell("sft"), *map(pick, cells)])
+    return Experiment(SEEDS, [TEACHER, SFT, *map(pick, [*TUNED, SHUFFLED, PLUS, ZERO])])
 
 
-def values(pick):
-    return Experiment(SEEDS, [Cell("values", *kind, split=split)
-                              for kind in (IMPLICIT, HOLD) for split in ("train", "test")])
-
-
-def unseen(pick):
-    """Students' pairs that the teacher never saw, with clean labels and with noise."""
-    dpo, *others = map(pick, (DPO, TVKD, HARD, SOFT, KD, BC))
-    noisy = [noise(cell, 0.4) for cell in (dpo, others[0])]
-    return Experiment(SWEEP_SEEDS, [
-        dpo, *others, *(cell._replace(teacher="unseen") for cell in others),
-        *noisy, noisy[1]._replace(teacher="unseen")], "dose")
+def care(pick):
+    """The main methods, each at its own best settings and at its best ones of 60 steps."""
+    return Experiment(SEEDS, list(dict.fromkeys(
+        pick(family[0], family, **setting) for setting in ({}, {"steps": 60})
+        for family in FAMILIES.values())))
 
 
 def noise(cell, share):
@@ -179,43 +194,57 @@ def noise(cell, share):
 
 def noisy_labels(pick):
     return Experiment(SWEEP_SEEDS, [noise(pick(cell), share) for share in (0, 0.2, 0.4)
-                                    for cell in (DPO, TVKD, HARD, SOFT)], "dose")
+                                    for cell in (DPO, TVKD, HARD, SOFT)])
 
 
-def gauge(pick):
-    tvkd, logits = pick(TVKD), pick(LOGITS)
-    return Experiment(SWEEP_SEEDS, [pick(DPO), tvkd, logits, *(
-        cell._replace(control="gauge", dose=dose)
-        for cell in (tvkd, logits) for dose in (-0.5, 0.5))])
-
-
-def stored_bytes(pick):
+def wrong(pick):
+    """Teachers with a share of their labels flipped, and of the opposite reward; students with
+    clean labels, and with the very labels of the teacher, flipped ones among them. 60 steps."""
+    usual = [pick(cell, steps=60) for cell in COMPARED]
+    taught = [cell._replace(teacher=f"flipped {share:g}") for share in (0.1, 0.2, 0.4)
+              for cell in usual[1:]]
     return Experiment(SWEEP_SEEDS, [
-        *map(pick, (DPO, TVKD, SOFT)), *(pick(TOP)._replace(dose=k) for k in (1, 4, 16)),
-        *map(pick, FEW), *sweep([pick(KD)], "student_pairs", (100, 300))])
+        TEACHER, *usual, *(TEACHER._replace(teacher=f"flipped {share:g}") for share in (0.2, 0.4)),
+        *taught, *(cell._replace(teacher="opposite") for cell in usual[1:]),
+        *(noise(cell, share)._replace(teacher="" if cell == usual[0] else f"flipped {share:g}")
+          for share in (0.2, 0.4) for cell in usual)])
+
+
+def unseen(pick):
+    """Students' pairs that the teacher never saw, with clean labels and with noise."""
+    dpo, *others = map(pick, (DPO, TVKD, HARD, SOFT, KD, BC))
+    noisy = [noise(cell, 0.4) for cell in (dpo, others[0])]
+    return Experiment(SWEEP_SEEDS, [
+        dpo, *others, *(cell._replace(teacher="unseen") for cell in others),
+        *noisy, noisy[1]._replace(teacher="unseen")])
+
+
+def sizes(pick):
+    teachers = [with_options(TEACHER, **size) for size in ({}, {"teacher_width": 192})]
+    return Experiment(SWEEP_SEEDS, [*teachers, *map(pick, SIZES)])
 
 
 def frontier(pick):
     cells = sweep([*map(pick, (DPO, TVKD, SOFT))], "beta", (0.5, 1.0, 2.0, 4.0))
-    return Experiment(SWEEP_SEEDS, [*cells, with_options(pick(SOFT), beta=0.25)], "beta")
+    return Experiment(SWEEP_SEEDS, [*cells, with_options(pick(SOFT), beta=0.25)])
 
 
-def released(pick):
-    return Experiment(SWEEP_SEEDS, [pick(cell) for cell in (
-        DPO, LOGITS, plus(LOGITS), LENGTH, plus(LENGTH), FLAT, TEMPERED, plus(TEMPERED), TVKD, PLUS,
-        RECIPE, RECIPE_PLUS)])
-
-
+# In the order in which a sceptical reader asks; on files: human and real.
 EXPERIMENTS = {
-    "main": main_table, "values": values, "unseen": unseen, "noise": noisy_labels,
-    "frontier": frontier, "bytes": stored_bytes, "released": released, "gauge": gauge,
-    "edges": lambda pick: tuning([*TUNED, *FEW], EDGES),    # rates beyond GRID; chooses nothing
+    "main": main_table, "care": care, "wrong": wrong, "sizes": sizes,
+    "epochs": lambda pick: Experiment(
+        SWEEP_SEEDS, [pick(cell, steps=steps) for steps in EPOCHS for cell in COMPARED]),
+    "knowledge": lambda pick: Experiment(KNOWLEDGE_SEEDS, list(map(pick, KNOWLEDGE))),
+    "noise": noisy_labels, "unseen": unseen,
+    "pairs": lambda pick: Experiment(
+        SWEEP_SEEDS, sweep([*map(pick, (DPO, TVKD, KD))], "student_pairs", (100, 300, 1000, 3000))),
     "alpha": lambda pick: Experiment(
         SWEEP_SEEDS, [pick(DPO), *sweep([pick(TVKD)], "alpha", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0))]),
-    "pairs": lambda pick: Experiment(
-        SWEEP_SEEDS, sweep([*map(pick, (DPO, TVKD, KD))], "student_pairs", (100, 300, 1000, 3000)),
-        "student_pairs")}
-NAMES = (*EXPERIMENTS, "knowledge")                     # all but those that need --data
+    "frontier": frontier}
+# A cell is compared with the DPO of the same values of these.
+SWEPT = {"pairs": ("student_pairs",), "noise": ("dose",), "unseen": ("dose",), "wrong": ("dose",),
+         "human": ("student_pairs",), "frontier": ("beta",), "epochs": ("steps",),
+         "sizes": ("student_width", "student_layers")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,33 +262,46 @@ def identity(row):
     return json.dumps({**parts, "dose": float(row["dose"])}, sort_keys=True)
 
 
+def option_of(row, name):
+    """The value of an option: a row has those not at the defaults of its record, its "usual" ones.
+    """
+    usual = row.get("usual") or defaults("data" in row["options"])
+    return row["options"].get(name, usual[name])
+
+
 def without_setting(row):
     """What a row trains, whatever its steps and learning rate."""
     options = {name: x for name, x in row["options"].items() if name not in ("steps", "lr")}
-    return identity({**row, "options": options, "split": "", "dose": 0})
+    return identity({**row, "options": options, "split": ""})
 
 
-def choices(record):
-    """A tuning record -> {without_setting: {(steps, learning rate): mean validation score}}.
+def choices(rows):
+    """Rows of tuning -> {without_setting: {(steps, learning rate): mean validation score}}.
 
     The score is the true reward, or on real preferences the accuracy.
     """
     scores = {}
-    for row in record["rows"]:
-        setting = tuple(row["options"].get(name, record["options"][name])
-                        for name in ("steps", "lr"))
+    for row in rows:
+        setting = option_of(row, "steps"), option_of(row, "lr")
         score = row["pref_acc"] if row["reward"] is None else row["reward"]
         scores.setdefault(without_setting(row), {}).setdefault(setting, []).append(score)
     return {kind: {setting: statistics.fmean(x) for setting, x in of_kind.items()}
             for kind, of_kind in scores.items()}
 
 
-def picker(record):
-    """A tuning record -> pick(cell): the cell with the setting of the highest mean score."""
-    scores = choices(record)
+class Picker:
+    """pick(cell): the cell with the settings of the highest mean score in the rows of tuning."""
 
-    def pick(cell):
-        of_cell = scores[without_setting(as_row(LIKE.get(cell, cell)))]
-        steps, lr = max(of_cell, key=of_cell.get)
-        return with_options(cell, steps=steps, lr=lr)
-    return pick
+    def __init__(self, rows):
+        self.scores = choices(rows)
+
+    def __call__(self, cell, family=None, steps=None):
+        """family: variants of the cell, of which the best is taken; steps: only settings of these.
+        """
+        tried = {}
+        for one in family or [cell]:
+            of_one = self.scores[without_setting(as_row(LIKE.get(one, one)))]
+            tried |= {(one, *setting): score for setting, score in of_one.items()
+                      if steps in (None, setting[0])}
+        best, steps, lr = max(tried, key=tried.get)
+        return with_options(best, steps=steps, lr=lr)

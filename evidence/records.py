@@ -1,56 +1,74 @@
-"""Records as evidence.run writes them: what is read of them, rows by name, means over seeds."""
+"""Records as evidence.run writes them: what is read of them, rows by name, means, significance."""
 
+import argparse
 import json
-import os
+import math
 import statistics
-import sys
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from harness.errors import printable, UserError
-from harness.report import check
-from harness.table import interval
+import numpy as np
+
+from harness.errors import UserError
+from evidence.cells import SWEPT, identity, option_of
+from harness.numbers import summary
 
 CONTROLS = {"shuffled": "psi of other pairs", "plus": "plus sign", "beta": "beta / 2",
             "relabel": "teacher's labels", "soft": "teacher's soft labels",
             "mean": "mean of label and soft label", "evidence": "label and teacher as evidence"}
-SWEEPS = {"alpha": "alpha", "frontier": "beta", "pairs": "student_pairs", "noise": "dose"}
-
-NUMBERS = ("reward", "true_acc", "pref_acc", "kl", "length", "bytes", "vs_dpo", "acc_vs_dpo",
-           "correlation", "agrees", "facts", "manners")
-WORD = {"n": "whole number", "psi": "number"}
-OPTIONS = {f"{name}?": "number"
-           for name in ("alpha", "beta", "gamma", "steps", "lr", "student_pairs")}
-RECORD = {
-    "made": {"torch": "text", "python": "text", "machine": "text", "code?": "text"},
-    "options": OPTIONS,
-    "rows": [{"method": "text", "value?": "text", "terminal?": "text", "control": "text",
-              "dose": "number", "options": OPTIONS, "split": "text", "teacher?": "text",
-              "seed": "whole number", "seconds": "number", "n?": "whole number",
-              "pref_n?": "whole number", **{f"{name}?": "number" for name in NUMBERS},
-              "words?": {kind: WORD for kind in ("right", "wrong", "polite", "rude")}}]}
+HEADINGS = {"full": "all", "facts": "facts", "manners": "manners", "contrary": "facts, bad manners"}
 
 
-def load(results):
-    """Name -> record, of every record in the folder. Raises UserError for what is none."""
+def load(folder):
+    """Name -> record, of every record in the folder. Raises UserError for what is none.
+
+    Rows get their differences from DPO. Of a record that is still being made only those seeds
+    count that have as many rows as any: a mean over some seeds is compared with one over the same.
+    """
     records = {}
-    for path in sorted(Path(results).glob("*.json")):
+    for path in sorted(Path(folder).glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            check(record, RECORD, "record")
-            if not record["rows"]:
-                raise ValueError("record.rows: expected at least one row, got none")
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: expected a record of evidence.run: {error}") from None
-        records[path.stem] = record
+            made, rows = record["made"], record["rows"]
+            codes = {row.get("code", made["code"])[:8] for row in rows}
+            of_seeds = grouped(rows, lambda row: row["seed"])
+            most = max(len({identity(row) for row in rows}) for rows in of_seeds.values())
+            full = [[{**row, "usual": record["options"]} for row in of_seed]
+                    for of_seed in of_seeds.values() if len(of_seed) == most]
+            rows = sum((paired(rows, SWEPT.get(path.stem.split("_")[0], ())) for rows in full), [])
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}: expected a record of evidence.run, got another content "
+                            f"({type(error).__name__}: {error})") from None
+        records[path.stem] = {"rows": rows, "codes": codes}
     return records
+
+
+def paired(rows, swept):
+    """The rows of one seed, each with its differences from the DPO of the same swept values."""
+    dpo = {}
+    for row in rows:
+        if row["method"] == "dpo" and row["control"] in ("", "noise"):
+            dpo.setdefault(point(row, swept), row)
+    differences = []
+    for row in rows:
+        base, row = dpo.get(point(row, swept)), dict(row)
+        for key, name in (("vs_dpo", "reward"), ("acc_vs_dpo", "pref_acc")):
+            known = base and identity(base) != identity(row) \
+                and None not in (row.get(name), base.get(name))
+            row[key] = row[name] - base[name] if known else None
+        differences.append(row)
+    return differences
+
+
+def point(row, options):
+    """The values of some options, or of the dose, in a row."""
+    return tuple(row["dose"] if name == "dose" else option_of(row, name) for name in options)
 
 
 def built(name, build, *args):
     """build(*args), from a record of this name. Raises UserError where rows are missing."""
     try:
         return build(*args)
-    except (LookupError, TypeError, ValueError, StopIteration) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise UserError(f"{name}.json: expected all rows of the experiment, got others "
                         f"({type(error).__name__}: {error})") from None
 
@@ -59,22 +77,13 @@ def name_of(row):
     """A row of a record by name, as the tables have it."""
     words, options = row["control"].split(), row["options"]
     name = f"tvkd {row['value']}/{row['terminal']}" if row["method"] == "tvkd" else row["method"]
-    if row["method"] == "released":
-        name = f"recipe: log pi {'-' if row['dose'] > 0 else '+'} entropy"
     parts = [CONTROLS[word] for word in words if word in CONTROLS]
-    if "top" in words:
-        parts.append(f"top {row['dose']:g}")
-    if "gauge" in words:
-        parts.append(f"c(s_t) = {row['dose']:+g} t")
-    if "normalised" in words:
-        parts.append(f"log-probs at temperature {row['dose']:g}")
+    if "warm" in words:
+        parts.append(f"temperature {row['dose']:g}")
     if "noise" in words:
-        parts.append(f"{row['dose']:.0%} turned round")
-    if row["method"] == "kd" and "student_pairs" in options:
-        n = options["student_pairs"]
-        parts.append(f"on {n} pair{'s' * (n > 1)}")
-    if row["method"] == "tvkd":
-        parts += [f"{key} {options[key]:g}" for key in ("beta", "gamma") if key in options]
+        parts.append(f"{row['dose']:.0%} flipped")
+    if row["method"] in ("dpo", "tvkd") and "beta" not in words:
+        parts += [f"beta {options['beta']:g}"] if "beta" in options else []
     if row.get("teacher") == "unseen":
         parts.append("pairs unseen by the teacher")
     return ", ".join((name, *parts))
@@ -94,46 +103,57 @@ def grouped(rows, of=name_of):
     return groups
 
 
-def option_of(row, name, record):
-    """A row's value of an option, or its dose."""
-    return row["dose"] if name == "dose" else row["options"].get(name, record["options"].get(name))
+# --------------------------------------------------------------------------------------------------
+# Means and significance
+
+def known(rows, key):
+    return [row[key] for row in rows if row.get(key) is not None]
 
 
-def summary(rows, key):
+def mean(rows, key):
     """Mean over seeds and half-width of its interval; None where unknown."""
-    known = [row[key] for row in rows if row.get(key) is not None]
-    return (statistics.fmean(known), interval(known)) if known else (None, None)
+    return summary(known(rows, key))
 
 
-def mean_text(numbers, form):
-    """Numbers of the seeds -> "2.36 ± 0.46"."""
-    half = interval(numbers)
-    margin = "" if half is None else f" ± {half:{form.strip('+')}}"
-    return f"{statistics.fmean(numbers):{form}}{margin}"
+def p_value(numbers):
+    """Two-sided p of Student's t-test that the mean is 0; 1 where it cannot be tested."""
+    n = len(numbers) - 1
+    deviation = statistics.stdev(numbers) if n > 0 else 0
+    if n < 1 or not any(numbers):
+        return 1.0
+    if deviation == 0:
+        return 0.0
+    t = abs(statistics.fmean(numbers)) / deviation * math.sqrt(n + 1)
+    # With t = sqrt(n) tan(angle), the density of the angle goes with cos(angle)^(n - 1).
+    beyond, all_of_it = (np.linspace(start, math.pi / 2, 100_001)
+                         for start in (math.atan(t / math.sqrt(n)), 0))
+    areas = (np.trapezoid(np.cos(x) ** (n - 1), x) for x in (beyond, all_of_it))
+    return float(next(areas) / next(areas))
 
 
-def cell(rows, key, form):
-    """`mean_text` of one number of the rows; "-" where it is unknown."""
-    known = [row[key] for row in rows if row.get(key) is not None]
-    return mean_text(known, form) if known else "-"
+def holm(tests, level=0.05):
+    """{name: p} -> the names that Holm's step-down correction keeps at the level.
+
+    The smallest of m p-values must be below level / m, the next below level / (m - 1), and so on
+    until one is not.
+    """
+    kept = set()
+    for rank, (name, p) in enumerate(sorted(tests.items(), key=lambda item: item[1])):
+        if p > level / (len(tests) - rank):
+            break
+        kept.add(name)
+    return kept
 
 
-def exit_code(command, argv):
-    """command(argv) -> 0, or one line on stderr and an exit code."""
-    try:
-        command(argv)
-        sys.stdout.flush()                              # here, where a closed pipe can be told
-        return 0
-    except UserError as error:
-        status, message = 2, error
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):          # the reader, such as head, has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        status, message = 2, f"expected files that can be read and written: {error}"
-    except (FloatingPointError, BrokenProcessPool) as error:
-        status, message = 1, error
-    except KeyboardInterrupt:
-        status, message = 130, "stopped; the same command goes on from here"
-    print(f"evidence: {printable(message)}", file=sys.stderr)
-    return status
+# --------------------------------------------------------------------------------------------------
+# The commands
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake, in place of argparse's usage."""
+
+    def __init__(self, prog, description):
+        super().__init__(prog=prog, description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message}; try --help")

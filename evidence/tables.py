@@ -1,292 +1,272 @@
-"""The tables and figures of docs/results.md, from the records of evidence.run. Trains nothing.
+"""The tables and figures of the documents, from the records of evidence.run. Trains nothing.
 
     python -m evidence.tables   rebuild what stands between <!-- NAME --> and <!-- /NAME --> in
-                                docs/results.md and README.md, and docs/*.svg
+                                docs/results.md, docs/sweeps.md and README.md, and docs/*.svg
 
-Every mean is over seeds, every interval a 95% interval of that mean over seeds (Student's t).
-"Minus DPO" is paired: the difference, seed by seed, to DPO from the same student, on the same pairs
-and prompts; in a sweep at the same point. The row of "kd, on n pairs" is compared with DPO on all.
+"minus DPO" is paired: the difference, seed by seed, to DPO from the same student, on the same pairs
+and prompts; in a sweep at the same point. A note under each table says what its numbers rest on.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
 from harness.errors import UserError
-from evidence.cells import TEACHERS, choices, identity, without_setting
+from evidence.cells import (COMPARED, EXPERIMENTS, FAMILIES, Picker, as_row, choices, identity,
+                            without_setting)
 from evidence.figures import figures
-from evidence.records import (SWEEPS, built, cell, exit_code, grouped, load, mean_text, name_of,
-                              option_of, plain_name, summary)
+from evidence.records import (HEADINGS, Parser, built, grouped, holm, known, load, name_of, p_value,
+                              plain_name, point)
+from harness.numbers import plus_minus, summary
+from harness.outcome import exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ("docs/results.md", "docs/sweeps.md", "README.md")
 
-COLUMNS = (("true reward", "reward", ".2f"), ("minus DPO", "vs_dpo", "+.2f"),
-           ("accuracy, labels", "pref_acc", ".3f"), ("minus DPO", "acc_vs_dpo", "+.3f"),
-           ("accuracy, truth", "true_acc", ".3f"), ("KL", "kl", ".2f"), ("tokens", "length", ".1f"))
-# What is swept: the first column of its table.
-SWEPT = {"alpha": "alpha", "beta": "beta",
-         "student_pairs": "student's pairs (the teacher's: 3,000)",
-         "dose": "share of the student's labels turned round"}
-HEADINGS = {"full": "all", "facts": "facts", "manners": "manners", "contrary": "facts, bad manners"}
-# Which methods are compared with each other: record, teacher, minuend, subtrahend.
-TVKD, SOFT = "tvkd implicit/value", "dpo, teacher's soft labels"
-UNSEEN, NOISE = "pairs unseen by the teacher", "turned round"
-BETWEEN = (*(("main", "", left, right) for left, right in (
-    ("kd", TVKD), (SOFT, TVKD), ("bc", TVKD), ("dpo, teacher's labels", TVKD), ("kd, top 1", TVKD),
-    ("kd, top 1", "kd"), ("kd+dpo", "kd"), ("kd+tvkd", "kd"), ("kd+tvkd", "kd+dpo"),
-    (TVKD, f"{TVKD}, psi of other pairs"))),
-    *(("noise", "", f"{SOFT}, {share} {NOISE}", f"{TVKD}, {share} {NOISE}")
+COLUMNS = {"reward": ("true reward", ".2f"), "vs_dpo": ("minus DPO", "+.2f"),
+           "pref_acc": ("accuracy, labels", ".3f"), "acc_vs_dpo": ("minus DPO", "+.3f"),
+           "true_acc": ("accuracy, truth", ".3f"), "kl": ("KL", ".2f"), "length": ("tokens", ".1f"),
+           "facts": ("facts", ".2f"), "manners": ("manners", "+.2f")}
+TOY = ("reward", "vs_dpo", "pref_acc", "true_acc", "kl", "length")
+TEXT = ("pref_acc", "acc_vs_dpo", "kl", "length")
+DPO, TVKD, SOFT, KD = (name_of(as_row(cell)) for cell in COMPARED)
+UNSEEN = ", pairs unseen by the teacher"
+BETWEEN = (             # what is compared with what: record, teacher, minuend, subtrahend
+    *(("main", "", left, right) for left, right in (
+        (KD, TVKD), (SOFT, TVKD), ("bc", TVKD), ("dpo, teacher's labels", TVKD), ("kd+dpo", KD),
+        ("kd+tvkd", KD), ("kd+tvkd", "kd+dpo"), (TVKD, f"{TVKD}, psi of other pairs"))),
+    *(("noise", "", f"{SOFT}, {share} flipped", f"{TVKD}, {share} flipped")
       for share in ("20%", "40%")),
-    ("unseen", "unseen", f"{SOFT}, {UNSEEN}", f"{TVKD}, {UNSEEN}"),
-    ("knowledge", "full", SOFT, TVKD), ("knowledge", "facts", "kd", TVKD),
-    ("knowledge", "facts", SOFT, TVKD),
-    ("bytes", "", "kd, top 4", "kd"), ("bytes", "", "kd, on 100 pairs", "kd"))
+    ("unseen", "unseen", f"{SOFT}{UNSEEN}", f"{TVKD}{UNSEEN}"),
+    ("knowledge", "full", SOFT, TVKD), ("knowledge", "full", KD, TVKD),
+    ("knowledge", "facts", KD, TVKD), ("knowledge", "facts", SOFT, TVKD),
+    ("frontier", "", f"{SOFT}, beta 0.5", TVKD),
+    ("frontier", "", f"{SOFT}, beta 0.5", f"{TVKD}, beta 0.5"),
+    ("frontier", "", SOFT, f"{TVKD}, beta 2"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Tables
 
-def markdown(header, rows):
-    lines = (header, ["---"] + ["---:"] * (len(header) - 1), *rows)
+def markdown(header, lines):
+    lines = (header, ["---"] + ["---:"] * (len(header) - 1), *lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def comparison(record, keys=None):
+def note(records, tested=0):
+    """What stands under a table of these records, with `tested` differences in it."""
+    seeds = sorted({len(rows) for record in records
+                    for rows in grouped(record["rows"], identity).values()})
+    codes = sorted({code for record in records for code in record["codes"]})
+    bold = f" Bold: not 0 by Holm's correction over the {tested} differences here, at 5%." \
+        if tested else ""
+    return (f"\n\n*n = {' or '.join(map(str, seeds))} seeds; ±: 95% interval of the mean over "
+            f"seeds, Student's t.{bold} Code {', '.join(codes)}.*")
+
+
+def texts_of(numbers):
+    """{(line, column, key): numbers of the seeds} -> their texts, and how many differences.
+
+    Bold: the differences from DPO that survive Holm's correction over all of them.
+    """
+    tests = {place: p_value(x) for place, x in numbers.items()
+             if place[-1].endswith("vs_dpo") and len(x) > 1}
+    kept, texts = holm(tests), {}
+    for place, x in numbers.items():
+        text = plus_minus(*summary(x), COLUMNS[place[-1]][1])
+        texts[place] = f"**{text}**" if place in kept else text
+    return texts, len(tests)
+
+
+def pivot(record, corner, down, across, keys):
+    """A line for each down(row); for each across(row) the columns `keys`, as far as known."""
+    lines, columns, numbers = {}, {}, {}
+    for row in record["rows"]:
+        line, column = down(row), across(row) if across else ""
+        lines[line] = columns[column] = None
+        for key in keys:
+            numbers.setdefault((line, column, key), []).extend(known([row], key))
+    columns = [(column, key) for column in columns for key in keys
+               if any(numbers.get((line, column, key)) for line in lines)]
+    texts, tested = texts_of(numbers)
+    head = [": ".join(filter(None, (column, COLUMNS[key][0]))) for column, key in columns]
+    body = [[line, *(texts.get((line, *place), "-") for place in columns)] for line in lines]
+    return markdown([corner, *head], body) + note([record], tested)
+
+
+def comparison(record, keys=TOY):
     """A line a setting, over all seeds."""
-    truth_known = any(row.get("reward") is not None for row in record["rows"])
-    without = ("acc_vs_dpo",) if truth_known else ("reward", "vs_dpo", "true_acc")
-    columns = [column for column in COLUMNS if column[1] not in without
-               and (keys is None or column[1] in keys)]
-    lines = []
-    for name, rows in grouped(record["rows"]).items():
-        stored, _ = summary(rows, "bytes")
-        stored = "-" if stored is None or name == "teacher" else \
-            f"{stored:,.0f}" if stored >= 10 else f"{stored:.2g}"
-        lines.append([name, *(cell(rows, key, form) for _, key, form in columns), stored])
-    return markdown(["model", *(heading for heading, _, _ in columns), "bytes"], lines)
+    return pivot(record, "model", name_of, None, keys)
 
 
-def settings(record):
-    """A line a method, a column a setting of the grid; the best score in bold."""
-    scores, names, lines = choices(record), tuned_names(record), []
-    grid = list(next(iter(scores.values())))
-    for kind, of_kind in scores.items():
-        best = max(of_kind, key=of_kind.get)
-        lines.append([names[kind], *(f"**{of_kind[setting]:.2f}**" if setting == best
-                                     else f"{of_kind[setting]:.2f}" for setting in grid)])
-    return markdown(["steps, learning rate", *(f"{steps}, {lr:g}" for steps, lr in grid)], lines)
+def sweep(record, option, corner, keys=("reward", "vs_dpo")):
+    """A line a value of the swept option, columns for each method."""
+    rows = sorted(record["rows"], key=lambda row: point(row, (option,)))    # stable
+    return pivot({**record, "rows": rows}, corner, lambda row: f"{point(row, (option,))[0]:g}",
+                 plain_name, keys)
 
 
-def tuned_names(record):
-    """What `choices` tells the methods apart by -> their names."""
-    return {without_setting(row): name_of(row) + (f", teacher: {row['teacher']}"
-                                                  if row.get("teacher") else "")
-            for row in record["rows"]}
+def taught(row):
+    return f"taught {HEADINGS[row['teacher']]}"
 
 
-def edges(records):
-    """A line a method: its best score within the grid, and those beyond it; bold: a higher one."""
-    within, beyond, lines = choices(records["tune"]), choices(records["edges"]), []
-    names, grid = tuned_names(records["edges"]), list(next(iter(beyond.values())))
-    for kind, of_kind in beyond.items():
-        best = max(within[kind].values())
-        lines.append([names[kind], f"{best:.2f}",
-                      *(f"**{of_kind[setting]:.2f}**" if of_kind[setting] > best
-                        else f"{of_kind[setting]:.2f}" for setting in grid)])
-    return markdown(["steps, learning rate", "best within the grid",
-                     *(f"{steps}, {lr:g}" for steps, lr in grid)], lines)
+def knowledge(record):
+    return pivot({**record, "rows": [row for row in record["rows"] if name_of(row) != DPO]},
+                 "teacher", name_of, taught, ("vs_dpo",))
 
 
-def values(record):
-    """Correlation and agreement with the true reward, on the student's and on held-out pairs."""
-    lines, groups = [], grouped(record["rows"], lambda row: (row["value"], row["split"]))
-    for (kind, split), rows in groups.items():
-        where = "the student's pairs" if split == "train" else "held-out pairs"
-        lines.append([f"{kind}, {where}", str(rows[0]["n"]), cell(rows, "correlation", "+.2f"),
-                      cell(rows, "agrees", ".3f")])
-    return markdown(["value", "pairs a seed", "correlation", "same sign"], lines)
+def parts(record):
+    return pivot(record, "teacher", name_of, taught, ("facts", "manners"))
 
 
-def words(record):
-    """Mean psi of words by kind, on held-out pairs."""
-    kinds = (("right", "a right fact or thing", "+1"), ("wrong", "a wrong fact or thing", "-1"),
-             ("polite", "a polite sentence", "+0.5"), ("rude", "a rude sentence", "-0.5"))
-    groups = grouped([row for row in record["rows"] if row["split"] == "test"],
-                     lambda row: row["value"])
-    lines = [[title, worth, *(mean_text([row["words"][kind]["psi"] for row in rows], "+.2f")
-                              for rows in groups.values())] for kind, title, worth in kinds]
-    return markdown(["after", "true reward", *(f"psi, {kind}" for kind in groups)], lines)
+def condition(row):
+    """What is wrong with teacher or labels in a row of `wrong`."""
+    kind, _, share = row["teacher"].partition(" ")
+    if row["control"].endswith("noise"):
+        return f"{row['dose']:.0%} of the labels flipped, those the student sees too"
+    if kind == "flipped":
+        return f"{float(share):.0%} of the teacher's labels flipped"
+    return "teacher of the opposite reward" if kind else "usual teacher"
 
 
-def sweep_table(record, option, keys):
-    """A line a value of the swept option; of every model trained at several, the columns `keys`."""
-    of_column = {key: (heading, form) for heading, key, form in COLUMNS}
-    at = grouped(record["rows"], lambda row: option_of(row, option, record))
-    names = [name for name, rows in grouped(record["rows"], plain_name).items()
-             if len({option_of(row, option, record) for row in rows}) > 1]
-    columns = [(name, key) for name in names for key in keys if (name, key) != ("dpo", "vs_dpo")]
-    lines = []
-    for x in sorted(at):
-        by_name = grouped(at[x], plain_name)
-        lines.append([f"{x:g}", *(cell(by_name.get(name, []), key, of_column[key][1])
-                                  for name, key in columns)])
-    return markdown([SWEPT[option], *(f"{name}, {of_column[key][0]}" for name, key in columns)],
-                    lines)
+def wrong(record):
+    return pivot(record, "condition", condition, plain_name, ("reward", "vs_dpo"))
+
+
+def size(row):
+    """Student and teacher of a row of `sizes`; DPO's and the teacher's rows have one of them."""
+    width, layers, teacher = point(row, ("student_width", "student_layers", "teacher_width"))
+    if row["method"] == "teacher":
+        return f"teacher {teacher} wide"
+    student = f"student {width} wide, {layers} layers"
+    return student if row["method"] == "dpo" and not row["control"] else \
+        f"{student}; teacher {teacher} wide"
+
+
+def sizes(record):
+    return pivot(record, "size", size, plain_name, ("reward", "vs_dpo"))
+
+
+def on_files(records, kind):
+    """A table for each preference file, and for each number of the student's pairs in it."""
+    blocks = []
+    for name, record in records.items():
+        if name.startswith(f"{kind}_"):
+            n = [row["pref_n"] for row in record["rows"]]
+            span = f"{min(n):,}" if min(n) == max(n) else f"{min(n):,} to {max(n):,}"
+            of_pairs = grouped(record["rows"], lambda row: row["options"].get("student_pairs", 0))
+            for pairs, rows in of_pairs.items():
+                which = f", the student has {pairs:,} pairs" if pairs else ""
+                blocks.append(f"`{name.removeprefix(f'{kind}_')}`{which}; {span} held-out pairs in "
+                              f"each split:\n\n{comparison({**record, 'rows': rows}, TEXT)}")
+    return "\n\n".join(blocks)
 
 
 def gap(left, right):
-    """Rows of two models -> the mean difference of their true rewards, paired by seed."""
-    rewards = [{row["seed"]: row["reward"] for row in rows} for rows in (left, right)]
-    return mean_text([x - rewards[1][seed] for seed, x in rewards[0].items()], "+.2f")
+    """Rows of two models -> the differences of their true rewards, seed by seed."""
+    rewards = {row["seed"]: row["reward"] for row in right}
+    return [row["reward"] - rewards[row["seed"]] for row in left]
 
 
 def between(records):
     """A line a pair of methods: the difference of their true rewards, seed by seed."""
-    lines = []
+    numbers = {}
     for name, teacher, left, right in BETWEEN:
         if name in records:
-            of_teacher = [row for row in records[name]["rows"]
-                          if not teacher or row.get("teacher") == teacher]
-            groups = grouped(of_teacher)
+            groups = grouped([row for row in records[name]["rows"]
+                              if not teacher or row.get("teacher") == teacher])
             title = f"{name}, taught {HEADINGS[teacher]}" if teacher in HEADINGS else name
-            lines.append([left, right, title, gap(groups[left], groups[right])])
-    return markdown(["method", "minus", "record", "true reward"], lines)
+            numbers[left, right, title, "vs_dpo"] = gap(groups[left], groups[right])
+    texts, tested = texts_of(numbers)
+    return markdown(["method", "minus", "record", "true reward"],
+                    [[*place[:3], text] for place, text in texts.items()]) \
+        + note([records[name] for name in {line[0] for line in BETWEEN} & set(records)], tested)
 
 
-def unseen(record):
-    """A line a method: the difference from DPO, under the usual teacher and under the other one."""
-    groups, lines = grouped(record["rows"]), []
-    for name, rows in groups.items():
-        other = groups.get(f"{name}, {UNSEEN}")
-        if other:
-            lines.append([name, *(cell(x, "vs_dpo", "+.2f") for x in (rows, other))])
-    return markdown(["minus DPO", "usual teacher", UNSEEN], lines)
+def care(records):
+    """The main methods at their own best settings and at 60 steps, each minus DPO there."""
+    pick = Picker(records["tune"]["rows"] + records["tune_care"]["rows"])
+    at, numbers, chosen = grouped(records["care"]["rows"], identity), {}, {}
+    for which, setting in (("own best", {}), ("at 60 steps", {"steps": 60})):
+        base = None
+        for name, family in FAMILIES.items():
+            cell = pick(family[0], family, **setting)
+            rows, row = at[identity(as_row(cell))], as_row(cell)
+            base = base or rows
+            steps, lr, beta = point(row, ("steps", "lr", "beta"))
+            chosen[name, which] = f"{steps}, {lr:g}, beta {beta:g}" \
+                + (f", temperature {cell.dose:g}" if "warm" in cell.control else "")
+            numbers[name, which, "reward"] = known(rows, "reward")
+            numbers[name, which, "vs_dpo"] = gap(rows, base) if rows is not base else []
+    (texts, tested), whiches = texts_of(numbers), ("own best", "at 60 steps")
+    return markdown(
+        ["model", *(f"{which}{part}" for which in whiches for part in (
+            ": steps, rate", ", true reward", ", minus DPO"))],
+        [[name, *(x for which in whiches for x in (
+            chosen[name, which], texts[name, which, "reward"], texts[name, which, "vs_dpo"]))]
+         for name in FAMILIES]) + note([records["care"]], tested)
 
 
-def distance(record):
-    """Soft labels against tvkd at the same beta, and at the beta whose mean KL is nearest, if it is
-    within a factor of 1.5."""
-    at = grouped(record["rows"], lambda row: (plain_name(row), option_of(row, "beta", record)))
-    kl = {key: summary(rows, "kl")[0] for key, rows in at.items()}
+def settings(rows):
+    """A line a method: for each number of steps its best score and the rate of it; * at an edge."""
+    names = {without_setting(row): name_of(row) + (
+        f", {row['options']['student_pairs']} pairs" if "data" in row["options"] else "")
+        for row in rows}
+    scores = choices(rows)
+    all_steps = sorted({steps for of_kind in scores.values() for steps, _ in of_kind})
     lines = []
-    for key in sorted(key for key in at if key[0] == "dpo, teacher's soft labels"):
-        ratios = {other: max(kl[key] / kl[other], kl[other] / kl[key]) for other in at
-                  if other[0] == "tvkd implicit/value"}
-        nearest = min(ratios, key=ratios.get)
-        for other in sorted(ratios):
-            if other[1] == key[1] or other == nearest and ratios[nearest] <= 1.5:
-                lines.append([f"soft labels at {key[1]:g}, tvkd at {other[1]:g}",
-                              *(cell(at[x], "kl", ".2f") for x in (key, other)),
-                              gap(at[key], at[other])])
-    return markdown(["beta", "KL, soft labels", "KL, tvkd", "soft labels minus tvkd"], lines)
+    for kind, of_kind in scores.items():
+        line = [names[kind]]
+        for steps in all_steps:
+            tried = {lr: score for (at, lr), score in of_kind.items() if at == steps}
+            text = "-"
+            if tried:
+                best = max(tried, key=tried.get)
+                edge = "*" if best in (min(tried), max(tried)) else ""
+                text = f"{tried[best]:.3f} ({best:g}{edge})"
+                text = f"**{text}**" if tried[best] == max(of_kind.values()) else text
+            line.append(text)
+        lines.append(line)
+    return markdown(["best score (its rate)", *(f"{steps} steps" for steps in all_steps)], lines)
 
 
-def knowledge(record):
-    """A line a method, a column a teacher: the difference from DPO, bold where it is clear of 0."""
-    at, lines = of_teachers(record), []
-    for name in dict.fromkeys(name for name, _ in at):
-        if name != "dpo":
-            lines.append([name, *(marked(at[name, teacher]) for teacher in TEACHERS)])
-    return markdown(["what the teacher was taught", *(HEADINGS[t] for t in TEACHERS)], lines)
+def readme(record):
+    """The README's rows of the main table."""
+    groups = grouped(record["rows"])
+    rows = sum((groups[name] for name in (DPO, TVKD, "tvkd logits/hold", SOFT, KD)), [])
+    return comparison({**record, "rows": rows}, ("reward", "vs_dpo", "true_acc", "kl"))
 
 
-def of_teachers(record):
-    """(name, teacher) -> rows. DPO reads no teacher: its one row stands for all."""
-    at = grouped(record["rows"], lambda row: (name_of(row), row["teacher"]))
-    dpo = next(rows for (name, _), rows in at.items() if name == "dpo")
-    return {**{("dpo", teacher): dpo for teacher in TEACHERS}, **at}
-
-
-def marked(rows):
-    """The difference from DPO; bold where its interval leaves out 0."""
-    mean, half = summary(rows, "vs_dpo")
-    text = cell(rows, "vs_dpo", "+.2f")
-    return f"**{text}**" if half is not None and abs(mean) > half else text
-
-
-def reward_and_parts(record):
-    """A line a method, a column a teacher: true reward = facts + manners, KL."""
-    at, lines = of_teachers(record), []
-    for name in dict.fromkeys(name for name, _ in at):
-        texts = []
-        for teacher in TEACHERS:
-            reward, facts, manners, kl = (summary(at[name, teacher], key)[0]
-                                          for key in ("reward", "facts", "manners", "kl"))
-            texts.append(f"{reward:.2f} = {facts:.2f} {manners:+.2f}, KL {kl:.1f}")
-        lines.append([name, *texts])
-    return markdown(["what the teacher was taught", *(HEADINGS[t] for t in TEACHERS)], lines)
-
-
-def real(records):
-    """A table for each preference file."""
-    texts = []
-    for name, record in records.items():
-        if name.startswith("real_"):
-            n, splits = [row["pref_n"] for row in record["rows"]], record["rows"]
-            splits = len({row["seed"] for row in splits})
-            span = f"{min(n)}" if min(n) == max(n) else f"{min(n)} to {max(n)}"
-            texts.append(f"`{name.removeprefix('real_')}`, {splits} splits, {span} held-out pairs "
-                         f"each:\n\n{comparison(record)}")
-    return "\n\n".join(texts)
-
-
-def readme(records):
-    """The README's rows; with a record of `knowledge`, also what other teachers are worth."""
-    groups, lines = grouped(records["main"]["rows"]), []
-    at = of_teachers(records["knowledge"]) if "knowledge" in records else {}
-    columns = [column for column in COLUMNS if column[1] in ("reward", "vs_dpo", "true_acc", "kl")]
-    for name in ("dpo", "tvkd implicit/value", "tvkd logits/hold", "dpo, teacher's soft labels",
-                 "kd"):
-        numbers = [marked(groups[name]) if key == "vs_dpo" else cell(groups[name], key, form)
-                   for _, key, form in columns]
-        lines.append([name, *numbers, *(marked(at.get((name, teacher), []))
-                                        for teacher in TEACHERS[1:] if at)])
-    return markdown(["model", *(heading for heading, _, _ in columns),
-                     *(f"minus DPO, teacher taught {HEADINGS[t]}" for t in TEACHERS[1:] if at)],
-                    lines)
-
-
-def cost(records):
-    """What the records took to make, on what, and how many differences from DPO they show."""
-    seconds, compared = {}, 0
-    for name, record in records.items():
-        seconds |= {(row["seed"], identity(row)): row["seconds"] for row in record["rows"]}
-        key = "acc_vs_dpo" if name.startswith("real_") else "vs_dpo"
-        compared += sum(summary(rows, key)[0] is not None
-                        for rows in grouped(record["rows"], identity).values())
-    machines = sorted({f"{m['machine']}, Python {m['python']}, torch {m['torch']}"
-                   for m in (record["made"] for record in records.values())})
-    return (f"{len(seconds):,} cells took {sum(seconds.values()) / 60:.0f} minutes of one thread: "
-            f"{'; '.join(machines)}. The tables show {compared} differences from DPO.")
-
-
-TABLES = {      # mark: its record and what builds it
-    **{name: (name, comparison) for name in ("main", "bytes", "gauge", "released")},
-    "unseen": ("unseen", unseen),
-    "values": ("values", values), "words": ("values", words), "distance": ("frontier", distance),
-    "knowledge": ("knowledge", knowledge), "parts": ("knowledge", reward_and_parts)}
+PLANNED = (*EXPERIMENTS, "human", "real", "tune_human", "tune_sizes", "tune_epochs")
+PAIRS, FLIPPED = "student's pairs (the teacher's: 3,000)", "share of the student's labels flipped"
+TABLES = {      # mark: what builds it from the record of this name, and its arguments
+    "main": (comparison,), "unseen": (comparison, TOY[:2]), "knowledge": (knowledge,),
+    "wrong": (wrong,), "sizes": (sizes,),
+    "alpha": (sweep, "alpha", "alpha", ("reward", "vs_dpo", "kl")),
+    "frontier": (sweep, "beta", "beta", ("reward", "vs_dpo", "kl")),
+    "pairs": (sweep, "student_pairs", PAIRS), "noise": (sweep, "dose", FLIPPED),
+    "epochs": (sweep, "steps", "steps (5, 9, 14: one, two, three epochs)")}
 
 
 def tables(records):
     """Mark -> the text that stands there, for the records there are."""
-    texts = {mark: built(name, table, records[name]) for mark, (name, table) in TABLES.items()
-             if name in records}
-    for name, record in records.items():
-        if name.startswith("tune"):
-            texts[name] = built(name, settings, record)
-        if name in SWEEPS:
-            keys = ("kl",) if name in ("alpha", "frontier") else ()
-            texts[name] = built(name, sweep_table, record, SWEEPS[name],
-                                ("reward", "vs_dpo", *keys))
-    if any(name.startswith("real_") for name in records):
-        texts["real"] = built("real", real, records)
+    texts = {mark: built(mark, table, records[mark], *args)
+             for mark, (table, *args) in TABLES.items() if mark in records}
+    for kind in ("human", "real"):
+        if any(name.startswith(f"{kind}_") for name in records):
+            texts[kind] = built(kind, on_files, records, kind)
+    if "knowledge" in records:
+        texts["parts"] = built("knowledge", parts, records["knowledge"])
     if "main" in records:
-        texts["readme"] = built("main", readme, records)
+        texts["readme"] = built("main", readme, records["main"])
         texts["between"] = built("main", between, records)
-    if {"tune", "edges"} <= set(records):
-        texts["edges"] = built("edges", edges, records)
+    if "care" in records:
+        texts["care"] = built("care", care, records)
+    for mark in ("tune", "tune_human", "tune_sizes", "tune_epochs"):
+        rows = [row for name, record in records.items() if name.startswith(mark)
+                and (mark != "tune" or name in ("tune", "tune_care")) for row in record["rows"]]
+        if rows:
+            texts[mark] = built(mark, settings, rows)
     return texts
 
 
@@ -306,7 +286,7 @@ def filled(text, texts, where):
 def rebuild(root=ROOT):
     """Rewrite the documents and figures under `root` from the records there."""
     records = load(root / "evidence" / "results")
-    texts, files = {**tables(records), "cost": cost(records)}, {}
+    texts, files = {**dict.fromkeys(PLANNED, "*No record yet.*"), **tables(records)}, {}
     for name in DOCS:
         text = (root / name).read_text(encoding="utf-8")
         files[name] = filled(text, texts, name)
@@ -315,10 +295,13 @@ def rebuild(root=ROOT):
         (root / name).write_text(text, encoding="utf-8")
 
 
-def main(argv=None, root=ROOT):
-    argparse.ArgumentParser(prog="python -m evidence.tables", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    return exit_code(lambda _: rebuild(root), argv)
+def command(argv, root=ROOT):
+    Parser("python -m evidence.tables", __doc__).parse_args(argv)
+    rebuild(root)
+
+
+def main(argv=None):
+    return exit_code(command, argv, program="evidence")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def use_run(config, device):
     if under_torchrun() and os.environ.get("RANK") != "0":
         return
     refuse_inside("score", config.score, config.out)
-    pairs = load_pairs(config.score) if config.score else None      # refused before anything else
+    # Refused before anything else.
+    pairs = load_pairs(config.score, skip_bad=config.skip_bad) if config.score else None
     past, tokenizer, models = load_run(config, device)
     exported = {name: model for name, (model, _, _) in models.items()}
     if "teacher" in models:

@@ -32,7 +32,8 @@ def run(argv, experiment, methods, description):
     for option in ("data", "teacher_init", "student_init", "teacher"):
         refuse_inside(option, getattr(config, option), config.out)
     # Read once: a file that changes between two seeds must not be mixed.
-    pairs = load_pairs(config.data, "given" in config.value) if config.data else None
+    pairs = (load_pairs(config.data, "given" in config.value, config.skip_bad)
+             if config.data else None)
     with joined_processes(device) as device, \
             closing(Keep(config.out, device, config.save_interval)) as keep:
         outcome = Outcome(config, keep, started)

@@ -35,7 +35,7 @@ try:
 except ImportError:             # on Windows nothing keeps two runs out of one folder
     fcntl = None
 
-WRITTEN = ("results.json", "report.html", "log.jsonl", "scores.jsonl", "seed0")     # into --out
+WRITTEN = ("results.json", "report.html", "log.jsonl", "scores.jsonl", "seed*[0-9]")     # to --out
 DIGITS = 64                                                                 # of a SHA-256
 
 
@@ -45,16 +45,13 @@ def file_of(stage, ending=".pt"):
     return f"{stage.replace(' ', '-').replace('/', '-')}{ending}"
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
-
 def read(path):
     """Content of a kept file, tensors on the CPU. Nothing that it contains is executed."""
     raw = path.read_bytes() if path.is_file() else b""          # reading a pipe would hang
     if hashlib.sha256(raw[:-DIGITS]).hexdigest().encode() != raw[-DIGITS:]:
         raise UserError(f"{path}: expected a file as a run wrote it, got other bytes")
     content = load_safely(io.BytesIO(raw), path)
-    return {**content, "key": json.loads(content["key"])}
+    return {**content, "key": dict(json.loads(content["key"]))}
 
 
 def lock(folder):
@@ -62,10 +59,13 @@ def lock(folder):
 
     Raises UserError where another run holds it, and where files in the way are not a run's.
     """
-    theirs = [name for name in WRITTEN if os.path.lexists(folder / name)]
-    if theirs and not (folder / ".lock").is_file():
-        raise UserError(f"--out: expected a new folder or that of a run, got {folder}, whose "
-                        f"{theirs[0]} no run wrote; choose another --out")
+    found = [path for name in WRITTEN for path in sorted(folder.glob(name))]
+    if found and not (folder / ".lock").is_file():
+        raise UserError(f"--out: expected a new folder or that of a run, got {folder} with "
+                        f"{found[0].name} and without the .lock of a run; choose another --out")
+    for path in (folder / ".lock", folder / "log.jsonl"):
+        if os.path.lexists(path) and not path.is_file():        # opening a pipe would hang
+            raise UserError(f"{path}: expected a file as a run wrote it")
     file = open(folder / ".lock", "a", encoding="utf-8")
     try:
         if fcntl:
@@ -79,9 +79,6 @@ def lock(folder):
     return file
 
 
-# --------------------------------------------------------------------------------------------------
-# Keys
-
 def feed(sha, value):
     """Add all that a value consists of to a digest."""
     if isinstance(value, torch.Tensor):
@@ -92,15 +89,13 @@ def feed(sha, value):
     elif isinstance(value, tiktoken.Encoding):      # one that was not learned is known by its name
         sha.update((tokenizer_text(value) if value.name == "learned" else value.name).encode())
     elif isinstance(value, list) and value and isinstance(value[0], (torch.Tensor, list, tuple)):
+        sha.update(f"{len(value)} parts;".encode())
         for part in value:
             feed(sha, part)
     else:       # a Pair's values are left out: they reach a loss as psi, which is digested there
         value = value[:3] if hasattr(value, "rejected") else value
         sha.update(f"{value!r};".encode("utf-8", "surrogatepass"))
 
-
-# --------------------------------------------------------------------------------------------------
-# Keeping
 
 def pack(value):
     """What torch.save writes of a result, so that torch.load(weights_only=True) reads it."""
@@ -177,8 +172,7 @@ class Keep:
             folder.mkdir(exist_ok=True)
             for path in folder.glob("*.tmp"):
                 path.unlink()
-            if not self.log_file:
-                self.log_file = open(self.out / "log.jsonl", "w", encoding="utf-8")
+            self.log_file = self.log_file or open(self.out / "log.jsonl", "w", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out: expected a folder that can be written, got {self.out}: "
                             f"{error.strerror}") from None
@@ -229,8 +223,8 @@ class Keep:
             return None
         try:
             content = read(path)
-        except UserError as error:
-            return self.say(f"{error}; rebuilt")
+        except (KeyError, TypeError, ValueError) as error:      # the first two: somebody wrote it
+            return self.say(f"{printable(error)}; {path.name} rebuilt")
         changed, stored = [], content["key"]
         for part in sorted(part for part in {*stored, *key} if stored.get(part) != key.get(part)):
             was, now = stored.get(part), key.get(part)

@@ -45,7 +45,10 @@ class Recipe:
 
 @dataclass
 class Config:
-    data: str = option("", "file of preference pairs; empty: the toy task", "what to run")
+    data: str = option("", "preference pairs, JSONL or a JSON array, also .gz; empty: the toy task",
+                       "what to run")
+    skip_bad: int = option(0, "1: leave out the rows of --data or --score that are no pair",
+                           among=(0, 1))
     methods: tuple = option(("bc", "kd", "dpo", "tvkd"), "some of bc, kd, dpo, tvkd, soft: how to "
                             "train the student, a row of the table each")
     out: str = option("out", "folder for results.json, log.jsonl, and the weights of each seed",
@@ -206,10 +209,12 @@ def parse_args(argv, methods, description=None):
         if given.get(name) == "":                       # an unset shell variable, most likely
             parser.error(f"--{name}: expected a value, got an empty one")
     uses = [name for name in USES_A_RUN if name in given]
-    unused = set(given) - {*USES_A_RUN, "out", "seed", "device", "tokens"}
+    unused = set(given) - {*USES_A_RUN, "out", "seed", "device", "tokens", "skip_bad"}
     if unused and uses:
         parser.error(f"--{min(unused)}: expected only --out, --seed, --device and --tokens beside "
                      f"--{uses[0]}")
+    if "skip_bad" in given and not {"data", "score"} & set(given):
+        parser.error("--skip_bad: expected --data or --score beside it")
     if "tokens" in given and "ask" not in given:
         parser.error("--tokens: expected --ask beside it")
     for name in sorted(given):

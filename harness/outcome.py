@@ -33,11 +33,15 @@ class Outcome:
 
     def announce(self):
         """Before the first stage: what this command replaces in --out. Older tables are kept."""
+        path = self.keep.out / "results.json"
+        if not path.is_file():                                  # opening a pipe would hang
+            return
         try:
-            self.past = json.loads((self.keep.out / "results.json").read_text(encoding="utf-8"))
+            self.past = json.loads(path.read_text(encoding="utf-8"))
             was, now = self.past["config"], json.loads(json.dumps(asdict(self.config)))
             self.earlier = list(self.past.get("earlier", []))[-20:]
-            changed = [f"--{name}={was.get(name)}" for name in now if was.get(name) != now[name]]
+            changed = [f"--{name}={was.get(name)}" for name in now
+                       if name != "out" and was.get(name) != now[name]]     # it may have moved
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return
         if changed:
@@ -52,10 +56,9 @@ class Outcome:
         rows = [Row.of(label, keep.seed) for label in models]
         fill(rows, {label: keep.alone(f"{label}.row", measure, *model, test)
                     for label, model in models.items()})
-        first = {row.value: row for row in reversed(rows) if row.value not in (None, "given")}
-        shown = [keep.alone(f"{row.label}.psi", psi_of_pairs, row.value, row.terminal, config.gamma,
-                            *models["teacher"], *models[row.label], test)
-                 for row in rows if row in first.values()]          # of each kind of value
+        kinds = {row.value: row.terminal for row in rows if row.value not in (None, "given")}
+        shown = [keep.alone(f"{kind}.psi", psi_of_pairs, kind, terminal, config.gamma,
+                            *models["teacher"], test) for kind, terminal in kinds.items()]
         self.rows, self.shown = self.rows + rows, self.shown + shown
         trained = {label: model for label, (model, _, _) in models.items()}
         if "teacher" in models:
@@ -111,7 +114,7 @@ class Outcome:
               f"{printable(out / 'report.html')}")
 
 
-def exit_code(run, argv, *args):
+def exit_code(run, argv, *args, program="train.py"):
     """run(argv, *args) -> 0, or a line on stderr and an exit code.
 
     2: files, options or memory; 1: numbers that are not finite, or a failed check; 130: Ctrl-C;
@@ -144,7 +147,7 @@ def exit_code(run, argv, *args):
     if IS_PROGRAM:
         signal.signal(signal.SIGINT, stop_at_once)
     if message and sys.stderr:
-        print(f"train.py: {one_line(message)}", file=sys.stderr)
+        print(f"{program}: {one_line(message)}", file=sys.stderr)
     if message and "TORCHELASTIC_ERROR_FILE" in os.environ:     # torchrun says it again, last
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(
             {"message": one_line(message), "timestamp": int(time.time())}), encoding="utf-8")

@@ -1,49 +1,38 @@
-"""What the report shows of held-out pairs: psi token by token, and what the panel needs."""
+"""What the report shows of held-out pairs: psi token by token."""
 
-import math
 import re
 
 import data
-from harness.evaluate import held_out_margins
 from harness.tokenizers import text_of
 from model import action_psi, both_responses, state_values
 
-SHOWN, PLOTTED = 6, 200         # pairs of the page: token by token, and as points of its plots
+SHOWN = 6               # pairs of the page
 
 
-def psi_of_pairs(kind, terminal, gamma, teacher, teacher_ref, teacher_beta, student, student_ref,
-                 beta, held_out):
-    """Up to PLOTTED held-out pairs under one kind of value, the first SHOWN with their tokens.
+def psi_of_pairs(kind, terminal, gamma, teacher, teacher_ref, beta, held_out):
+    """The first held-out pairs under one kind of value -> a dict each, token by token.
 
-    margin: of the student trained with this value, beta * (log-ratio of chosen - of rejected).
+    beta: the teacher's.
     """
-    pairs, texts = held_out.pairs[:PLOTTED], held_out.texts[:PLOTTED]
-    rows = both_responses(pairs)                                        # all chosen, all rejected
-    values = state_values(kind, teacher, teacher_ref, rows, teacher_beta, held_out.batch_size)
-    psi = action_psi(values, rows, gamma, terminal)
-    margins = held_out_margins(student, student_ref, beta, held_out).tolist()
-    shown = []
-    for i, (text, margin) in enumerate(zip(texts, margins)):
+    pairs, rows = held_out.pairs[:SHOWN], both_responses(held_out.pairs[:SHOWN])
+    values = state_values(kind, teacher, teacher_ref, rows, beta, held_out.batch_size)
+    psi, shown = action_psi(values, rows, gamma, terminal), []
+    for i, text in enumerate(held_out.texts[:SHOWN]):
         shown.append({"seed": held_out.seed, "value": kind, "terminal": terminal,
-                      "margin": margin, "prompt": text.prompt})
+                      "prompt": text.prompt})
         for name, j in (("chosen", i), ("rejected", i + len(pairs))):
             first = len(rows[j].prompt) - 1                             # s_p
             end = first + len(rows[j].response)                         # s_end
             V, response = values[j][first:end + 1].tolist(), getattr(text, name)
-            # With gamma and Phi(s_end) of any terminal these four give the sum of psi:
-            # gamma Phi(s_end) - V(s_p) - (1 - gamma) * the sum between.
-            side = {"landmarks": [V[0], math.fsum(V[1:-1]), V[-2], V[-1]]}
-            shown[i][name] = side
+            tokens = [text_of([token], held_out.tokenizer) for token in rows[j].response]
+            kinds = [""] * len(tokens)
             if held_out.toy:
-                side["reward"] = data.reward(text.prompt, response)
-            if i < SHOWN:
-                tokens = [text_of([token], held_out.tokenizer) for token in rows[j].response]
-                kinds = [""] * len(tokens)
-                if held_out.toy:
-                    kinds = token_kinds(text.prompt, response, tokens)
-                last = {"zero": 0.0, "hold": V[-2], "value": V[-1]}[terminal]
-                side |= {"tokens": tokens, "psi": psi[j][first:end].tolist(),
-                         "phi": [*V[:-1], last], "kinds": [*kinds[:-1], "EOS"]}
+                kinds = token_kinds(text.prompt, response, tokens)
+            last = {"zero": 0.0, "hold": V[-2], "value": V[-1]}[terminal]
+            shown[i][name] = {"tokens": tokens, "psi": psi[j][first:end].tolist(),
+                              "phi": [*V[:-1], last], "kinds": [*kinds[:-1], "EOS"]}
+            if held_out.toy:
+                shown[i][name]["reward"] = data.reward(text.prompt, response)
     return shown
 
 

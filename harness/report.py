@@ -1,12 +1,9 @@
-"""One HTML page of a run: a panel to move, held-out pairs token by token, the table, the curves.
+"""One HTML page of a run: held-out pairs token by token, the table, the curves.
 
-The page is one file: HTML, CSS, SVG and, for the panel alone, panel.js. It loads nothing. Prompts,
-responses, names and options may come from anybody: all are escaped.
+The page is one file, HTML, CSS and SVG. It loads nothing and runs nothing. Prompts, responses,
+names and options may come from anybody: all are escaped.
 """
 
-import base64
-import hashlib
-import json
 import math
 import statistics
 from html import escape
@@ -89,7 +86,6 @@ def response_html(name, side, largest, height):
 
 def pairs_html(pairs):
     """The pairs under one kind of value: a legend, then chosen and rejected side by side."""
-    pairs = [pair for pair in pairs if "tokens" in pair["chosen"]]
     sides, terminal = [pair[name] for pair in pairs for name in SIDES], pairs[0]["terminal"]
     largest = max(abs(psi) for side in sides for psi in side["psi"]) or 1.0
     moved = [phi - side["phi"][0] for side in sides for phi in side["phi"]]
@@ -112,41 +108,6 @@ def pairs_html(pairs):
             f'<div class="sides">{responses}</div><p class="sum">sum of psi, chosen - rejected: '
             f"<b>{difference:+.3f}</b></p></article>")
     return "".join(parts)
-
-
-def panel_html(config, kinds):
-    """The panel as a form that panel.js fills and shows; without JavaScript it stays hidden."""
-    values = {value: {"terminal": pairs[0]["terminal"], "pairs": [
-        {"margin": pair["margin"], **{name: pair[name]["landmarks"] for name in SIDES},
-         "gap": pair["chosen"].get("reward", 0) - pair["rejected"].get("reward", 0)}
-        for pair in pairs]} for value, pairs in kinds.items()}
-    run = escape(json.dumps({"beta": config.beta, "values": values}))
-    controls = "".join(
-        f'<label>{name} <input type="range" name="{name}" min="{min(0, value):g}" max="{most:g}" '
-        f'step="any" value="{value!r}"> <output></output></label>' for name, value, most in (
-            ("alpha", config.alpha, max(4, 2 * config.alpha)),
-            ("beta", config.beta, max(4, 2 * config.beta)), ("gamma", config.gamma, 1)))
-    shown = sum("tokens" in pair["chosen"] for pair in next(iter(kinds.values())))
-    for name, choices in (("value", values), ("terminal", ("as trained", *SUM)),
-                          ("pair", range(1, shown + 1))):
-        options = "".join(f"<option>{escape(str(choice))}</option>" for choice in choices)
-        controls += f'<label>{name} <select name="{name}">{options}</select></label>'
-    heads = "".join(f"<th>{x}</th>" for x in ("", *2 * ("margin", "loss", "weight"), *SIDES))
-    captions = ["Dots: held-out pairs. Across: alpha times (sum of psi of chosen - of rejected). "
-                "Up: DPO's margin. The stronger the colour, the larger TVKD's weight: on the "
-                "dashes it is 1/2, below them more. Ring: the selected pair."]
-    if all("reward" in pairs[0]["chosen"] for pairs in kinds.values()):
-        captions.append("Across: sum of psi of chosen - of rejected. Up: the same of true reward.")
-    figures = "".join(f'<figure><svg viewBox="0 0 300 220" role="img"></svg>'
-                      f"<figcaption>{caption}</figcaption></figure>" for caption in captions)
-    return f"""<form id="panel" hidden data-run="{run}"><h2>Move it</h2>
-<p>The pairs below, under other settings. Nothing is trained again: the log-ratios stay those of the
-student trained with this teacher's value. Weight: how hard a pair pushes, sigmoid(-margin). Set
-terminal to zero and gamma to 1: TVKD is DPO, for every alpha. The address holds the settings, so a
-link can be sent.</p><div class="fields">{controls}</div><p id="worked"></p>
-<div class="wide"><table><thead><tr><th></th><th colspan="3">TVKD</th><th colspan="3">DPO</th>
-<th colspan="2">sum of psi</th></tr><tr>{heads}</tr></thead><tbody></tbody></table></div>
-<div class="charts">{figures}</div></form>"""
 
 
 def table_html(rows):
@@ -231,16 +192,12 @@ def page(config, rows, shown, log):
     settings = (f"alpha = {config.alpha:g}, beta = {config.beta:g} (the teacher's: "
                 f"{config.teacher_beta:g}), gamma = {config.gamma:g}, seed {seeds}, "
                 f"data: {config.data or 'the toy task'}")
-    css, script = (Path(__file__).with_name(name).read_text(encoding="utf-8")
-                   for name in ("report.css", "panel.js"))
+    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     pairs = (f"Seed {rows[0].seed}. Hover over a token, or tap it, for its numbers." if kinds else
              "No pairs: no method of this run read the teacher's value of every state.")
-    # The browser runs this script and no other, whatever the text of a pair contains.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
-content="default-src 'none'; form-action 'none'; base-uri 'none'; style-src 'unsafe-inline';
-script-src 'sha256-{digest}'">
+content="default-src 'none'; form-action 'none'; base-uri 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>TVKD: what the teacher values</title><style>{css}</style>
 <h1>TVKD: what the teacher values</h1>
@@ -251,10 +208,8 @@ token the teacher values the answer more; <span class="less" style="--a:.5">oran
 line below the text is Phi, counted from the end of the prompt; with gamma = 1 its step across a
 token is that token's psi. Of all this TVKD reads one number per pair, the difference of the two
 sums: its loss is -log sigmoid(the student's margin - alpha times that difference).</p>
-{panel_html(config, kinds) if kinds else ""}
 <h2>Held-out pairs</h2><p>{pairs}</p>{"".join(map(pairs_html, kinds.values()))}
 <h2>Comparison</h2>{table_html(rows)}
 <h2>Training curves</h2><p>By step, each on its batch, val_ on validation prompts; with several
-seeds their mean.</p><div class="charts">{curves_html(log)}</div>
-{f"<script>{script}</script>" if kinds else ""}</html>
+seeds their mean.</p><div class="charts">{curves_html(log)}</div></html>
 """

@@ -32,6 +32,8 @@ def gradient(model, loss, ids, micro_batch=0):
     rank, world = rank_and_world()
     share = ids[rank::world]
     weight = float(len(share) > 0)      # a process without data computes one index for nothing
+    for parameter in model.parameters():
+        parameter.grad = None           # its memory serves the new one
     shares = cut(loss.lengths, share or ids[:1], micro_batch, torch.get_num_threads())
     done = two_at_once(add_up, shares, device_of(model), model, loss, weight)
     names, (values, *gradients) = done[0][0], [sum(x[1:], x[0]) for x in zip(*(x[1] for x in done))]

@@ -28,39 +28,31 @@ def load_task(config, seed, pairs=None):
                             f"{prompts} toy prompts, got {sum(sizes)}")
         texts = data.toy_splits(*sizes, seed)
     else:
-        texts = split_pairs(pairs, *sizes, seed)
-        lines += count_oddities(config.data, pairs, texts)
-    if config.tokenizer:
-        tokenizer = named_tokenizer(config.tokenizer)
-    else:
-        tokenizer = learn_tokenizer(texts.train, config.vocab_size)
+        texts, once = split_pairs(pairs, *sizes, seed), {pair[:3] for pair in pairs}
+        unused, repeated = len(pairs) - sum(map(len, texts[1:])), len(pairs) - len(once)
+        contradicted = sum((prompt, rejected, chosen) in once for prompt, chosen, rejected in once)
+        if unused or repeated or contradicted:
+            lines.append(f"  {printable(config.data)}: {len(pairs)} pairs; {unused} left out "
+                         f"by --train_pairs; kept: {repeated} that repeat another, {contradicted} "
+                         "that another contradicts")
+    tokenizer = (named_tokenizer(config.tokenizer) if config.tokenizer else
+                 learn_tokenizer(texts.train, config.vocab_size))
     fitting, ids = [], []
     for name, items in texts._asdict().items():
-        fits, encoded, cut = data.encode(counted(items, "tokenised"), tokenizer, config.block_size)
+        unit = "rows" if name == "sft" else "pairs"
+        fits, encoded, cut = data.encode(counted(items, f"{name} tokenised", unit), tokenizer,
+                                         config.block_size)
         if not encoded:
             raise UserError(f"--block_size: expected room for a prompt and a response ({name}), "
                             f"got {config.block_size}")
         fitting.append(fits)
         ids.append(encoded)
-        unit, dropped = "rows" if name == "sft" else "pairs", len(items) - len(encoded)
         lines.append(f"  {name}: {len(encoded)} of {len(items)} {unit}; {cut} with the prompt cut "
-                     f"from the left, {dropped} dropped because a response does not fit in "
-                     f"{config.block_size} tokens")
+                     f"from the left, {len(items) - len(encoded)} dropped because a response does "
+                     f"not fit in {config.block_size} tokens")
     task = Task(data.Splits(*fitting), data.Splits(*ids), tokenizer)
     if config.student_pairs > len(task.ids.train):
         raise UserError(f"--student_pairs: expected at most the {len(task.ids.train)} training "
                         f"pairs, got {config.student_pairs}")
     print("\n".join(lines))
     return task
-
-
-def count_oddities(path, pairs, texts):
-    """What was left out of a preference file, and what is odd in it: a line, or none."""
-    once = {pair[:3] for pair in pairs}
-    unused = len(pairs) - len(texts.train) - len(texts.val) - len(texts.test)
-    repeated = len(pairs) - len(once)
-    contradicted = sum((prompt, rejected, chosen) in once for prompt, chosen, rejected in once)
-    if not (unused or repeated or contradicted):
-        return []
-    return [f"  {printable(path)}: {len(pairs)} pairs; {unused} left out by --train_pairs; "
-            f"kept: {repeated} that repeat another, {contradicted} that another contradicts"]

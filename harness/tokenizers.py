@@ -4,13 +4,15 @@ The method does not care how text is split, so none of this is needed to follow 
 """
 
 import base64
+import heapq
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import tiktoken
 
 from harness.errors import UserError
+from harness.preferences import counted
 
 END_OF_TEXT = "<|endoftext|>"       # the name of the EOS id; in a text these characters stay text
 # Letters, digits or other signs, with the space before them, or a run of spaces. No token reaches
@@ -29,36 +31,50 @@ def learn_tokenizer(items, vocab_size):
     if vocab_size < 257:
         raise UserError(f"--vocab_size: expected at least 257 (bytes and EOS), got {vocab_size}")
     text = "\n".join(part for item in items for part in item[:3])[:LEARNED_FROM]
+    single = [bytes([b]) for b in range(256)]
     # [:1000]: merging within a piece takes time quadratic in its length
-    pieces = [([bytes([b]) for b in piece[:1000].encode()], n)
+    pieces = [([single[b] for b in piece[:1000].encode()], n)
               for piece, n in Counter(re.findall(PIECES, text)).items()]
-    ranks, pairs = {bytes([b]): b for b in range(256)}, Counter()
-    for parts, n in pieces:
-        count_pairs(pairs, parts, n)
-    while len(ranks) < vocab_size - 1 and any(pairs.values()):
-        left, right = max(pairs, key=pairs.get)         # ties: the first one, so always the same
-        ranks[left + right] = len(ranks)
-        for parts, n in pieces:
-            if left in parts:
-                count_pairs(pairs, parts, -n)
-                merge(parts, left, right)
-                count_pairs(pairs, parts, n)
+    pairs, places = Counter(), defaultdict(set)     # how often each stands, and in which pieces
+    for i, (parts, n) in enumerate(pieces):
+        for pair in zip(parts, parts[1:]):
+            pairs[pair] += n
+            places[pair].add(i)
+    ranks, order, queue, changed = {b: i for i, b in enumerate(single)}, {}, [], list(pairs)
+    for _ in counted(range(vocab_size - 257), "vocabulary", "merges"):
+        for pair in changed:            # of two that are equally frequent, the one met first wins
+            heapq.heappush(queue, (-pairs[pair], order.setdefault(pair, len(order)), pair))
+        while queue and -queue[0][0] != pairs[queue[0][2]]:     # an older count of that pair
+            heapq.heappop(queue)
+        if not queue or not queue[0][0]:
+            break
+        best = heapq.heappop(queue)[2]
+        ranks[b"".join(best)], changed = len(ranks), {}
+        for i in sorted(places.pop(best)):
+            parts, n = pieces[i]
+            merged, where = merge(parts, *best)
+            pieces[i] = merged, n
+            gone = {at + k + d for k, at in enumerate(where) for d in (-1, 0, 1)}
+            come = {at + d for at in where for d in (-1, 0)}
+            for sequence, starts, change in ((parts, gone, -n), (merged, come, n)):
+                for pair in (tuple(sequence[at:at + 2]) for at in sorted(starts)):
+                    if len(pair) == 2:
+                        pairs[pair] += change
+                        places[pair].add(i)
+                        changed[pair] = True
     return _encoding(ranks)
 
 
-def count_pairs(pairs, parts, n):
-    """Add n to the count of every pair of neighbours in parts."""
-    for pair in zip(parts, parts[1:]):
-        pairs[pair] += n
-
-
 def merge(parts, left, right):
-    """Join every `left` with a `right` behind it, in place, from left to right."""
-    i = 0
-    while i < len(parts) - 1:
-        if parts[i] == left and parts[i + 1] == right:
-            parts[i:i + 2] = [left + right]
-        i += 1
+    """Join every `left` with a `right` behind it, from left to right -> (new parts, where)."""
+    merged, where = [], []
+    for part in parts:
+        if part == right and merged and merged[-1] == left:
+            merged[-1] = left + right
+            where.append(len(merged) - 1)
+        else:
+            merged.append(part)
+    return merged, where
 
 
 def named_tokenizer(name):

@@ -41,10 +41,7 @@ def run(out, *options, sizes=SMALL):
 
 def refused(capsys, *options):
     """The line on stderr with which a command is refused, exit code 2, before any training."""
-    try:
-        status = train.main(list(options))
-    except SystemExit as stop:                  # argparse's own
-        status = stop.code
+    status = train.main(list(options))
     printed = capsys.readouterr()
     assert status == 2 and not re.search(r" \d+/\d+  loss ", printed.out), printed
     assert printed.err.startswith("train.py: ") and printed.err.count("\n") == 1, printed.err

@@ -2,26 +2,23 @@
 
 import json
 import math
-import os
-import re
 import shutil
-import subprocess
-import sys
-from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 from conftest import ROOT, close
-from evidence import cells, controls, figures, records, run, tables
+from evidence import bench, cells, controls, figures, records, run, tables
 from evidence.cells import Cell, Experiment, with_options
+from harness.errors import UserError
 from harness.options import Config
 from harness.texts import load_task
-from model import GPT, GPTConfig, both_responses, rows_logps, action_psi, state_values, frozen_copy
-from train import DPO
+from model import GPT, GPTConfig, both_responses, rows_logps
+from small_run import write_pairs
+from train import DPO, KD
 from tvkd import kd_loss
 
 TINY = {"batch_size": 8, "block_size": 64, "max_new_tokens": 4, "samples": 1, "student_heads": 2,
@@ -36,28 +33,25 @@ def tiny(cell, **options):
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory):
-    return run.Stages(tmp_path_factory.mktemp("work"), 0)
+def at(tmp_path_factory):
+    return controls.Seed(tmp_path_factory.mktemp("work"), 0)
 
 
 @pytest.fixture
-def loss_of(stages):
+def loss_of(at):
     """A cell's loss at tiny sizes."""
-    return lambda cell: controls.loss_of(cell, replace(Config(**TINY), **dict(cell.options)),
-                                         stages)
+    return lambda cell: controls.loss_of(cell, replace(Config(**TINY), **dict(cell.options)), at)
 
 
 @pytest.fixture
-def models():
-    """(student, teacher, six pairs of ids), with random weights."""
+def models():           # (student, teacher, six pairs of ids), with random weights
     task, both = load_task(Config(**TINY), 0), []
     for seed in (0, 1):
         torch.manual_seed(seed)
         both.append(GPT(GPTConfig(task.tokenizer.n_vocab, 64, 1, 2, 8)))
     return *both, task.ids.train[:6]
 
-
-# --- labels ---------------------------------------------------------------------------------------
+# --- labels and teachers --------------------------------------------------------------------------
 
 def test_soft_labels_by_hand():
     """dpsi = ln 3: the teacher says sigmoid(ln 3) = 3/4. The mean with a label that says 1 is 7/8.
@@ -69,19 +63,17 @@ def test_soft_labels_by_hand():
 
 
 def test_one_label_in_seven_is_wrong():
-    """LABEL_NATS is the log-odds of a right label: ln(6/7 / (1/7)) = ln 6. Of 2,000 pairs, some 300
-    are labelled against their rewards."""
-    close(controls.LABEL_NATS, math.log(6))
+    """What ln 6 rests on: of 2,000 pairs some 300 are labelled against their rewards."""
     pairs = data.toy_splits(2000, 1, 1, 0).train
     wrong = sum(data.reward(p.prompt, p.chosen) < data.reward(p.prompt, p.rejected) for p in pairs)
     assert 250 < wrong < 330
 
 
-def test_a_soft_label_reads_the_whole_difference(loss_of, stages):
+def test_a_soft_label_reads_the_whole_difference(loss_of, at):
     """Its probability is the sigmoid of the teacher's difference of implicit rewards, worked out
     here from the teacher's log-probs: not of a part of it, and of nobody else's."""
     soft = loss_of(cells.SOFT)
-    teacher_ref, teacher = stages.teacher("", Config(**TINY))
+    teacher_ref, teacher = at.teacher(Config(**TINY), "")
     both = both_responses(soft.pairs)
     gaps = (rows_logps(teacher, both, 4) - rows_logps(teacher_ref, both, 4)).view(2, -1)
     assert (gaps[0] - gaps[1]).abs().max() > 0.1
@@ -89,64 +81,47 @@ def test_a_soft_label_reads_the_whole_difference(loss_of, stages):
     close(loss_of(cells.TVKD).psi, gaps, 1e-4)
 
 
-def test_soft_dpo_is_a_share_of_dpo(models):
-    """At policy = reference ln 2 for every p, with gradient (1/2 - p) of the margin: p = 3/4 turns
-    DPO's -1/2 into -1/4, p = 1/2 into 0, p = 1 is DPO itself."""
-    student, _, pairs = models
-    ref_logps = rows_logps(frozen_copy(student), both_responses(pairs), 2).view(2, -1)
-    dpo = gradient(student, DPO(pairs, ref_logps, 2.0))
-    for p, share in ((1.0, 1.0), (0.75, 0.5), (0.5, 0.0), (0.0, -1.0)):
-        soft = controls.SoftDPO(pairs, ref_logps, torch.full((6,), p), 2.0)
-        close(soft(student, torch.arange(6))["loss"].detach() / 6, math.log(2), 1e-5)
-        close(gradient(student, soft), share * dpo, 1e-4)
+def test_soft_labels_are_a_share_of_dpo():
+    """Margin ln 3: DPO's losses are -ln(3/4) for the label and -ln(1/4) against it. At p = 3/4:
+    ln 4 - 3/4 ln 3 = .562335; at p = 1 ln 4 - ln 3, at p = 0 ln 4."""
+    logps, ref = torch.tensor([[math.log(3)] * 3, [0.0] * 3]), torch.zeros(2, 3)
+    loss = controls.Labelled([None] * 3, ref, 1.0, torch.tensor([0.75, 1.0, 0.0]))
+    close(loss.losses(logps, [0, 1, 2]), [0.562335, math.log(4 / 3), math.log(4)], 1e-5)
 
 
-def gradient(student, loss):
-    total = loss(student, torch.arange(6))["loss"] / 6
-    return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(student.parameters()))])
-
-
-def test_soft_dpo_away_from_the_reference(models):
-    """Reference log-probs moved so that every margin is ln 3: -p ln(3/4) - (1 - p) ln(1/4) at
-    p = 3/4 is ln 4 - 3/4 ln 3 = .562335."""
-    student, _, pairs = models
-    logps = rows_logps(student, both_responses(pairs), 12).view(2, -1)
-    logps[0] -= math.log(3)
-    soft = controls.SoftDPO(pairs, logps, torch.full((6,), 0.75), 1.0)
-    close(soft(student, torch.arange(6))["loss"].detach(), 6 * 0.562335, 1e-4)
-
-
-def test_swapped_by_hand():
+def test_flipped_by_hand():
     pairs = [data.Pair([1], [2], [3]), data.Pair([4], [5], [6])]
     two = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    where = torch.tensor([False, True])
-    turned, logps, psi = controls.swapped(where, pairs, two, 10 * two)
-    assert turned == [pairs[0], data.Pair([4], [6], [5])]
-    assert logps.tolist() == [[1, 4], [3, 2]] and psi.tolist() == [[10, 40], [30, 20]]
+    turned, logps, nothing = controls.flipped(torch.tensor([False, True]), pairs, two, None)
+    assert turned == [pairs[0], data.Pair([4], [6], [5])] and nothing is None
+    assert logps.tolist() == [[1, 4], [3, 2]]
 
 
-def test_noise_turns_pairs_log_probs_and_psi_together(loss_of):
-    """Each pair is either as it was, in its texts, its reference log-probs and its psi, or turned
-    in all three; the label of a turned pair is wrong, the teacher's opinion is still right."""
+def test_noise_flips_pairs_log_probs_and_psi_together(loss_of):
+    """Each pair is either as it was, in its texts, its reference log-probs and its psi, or flipped
+    in all three; the label of a flipped pair is wrong, the teacher's opinion is still right."""
     clean = loss_of(cells.TVKD)
     noisy = loss_of(cells.noise(cells.TVKD, 0.5))
     turned = [new != old for new, old in zip(noisy.pairs, clean.pairs)]
     assert 0 < sum(turned) < 8
     for i, turn in enumerate(turned):
-        old, new = clean.pairs[i], noisy.pairs[i]
-        assert not turn or (new.chosen, new.rejected) == (old.rejected, old.chosen)
         for name in ("ref_logps", "psi"):
             before, after = getattr(clean, name)[:, i], getattr(noisy, name)[:, i]
             assert torch.equal(after, before.flip(0) if turn else before) and before[0] != before[1]
 
 
-def test_noise_is_of_the_stated_share(loss_of):
-    """Of 10,000 labels 4,000 are turned at 0.4, within 4 standard deviations of 49. `loss_of`
-    passes the dose on as it is: at 1 every pair is turned."""
-    turned = controls.turned_labels(10_000, 0.4, torch.Generator().manual_seed(0)).sum().item()
-    assert abs(turned - 4000) < 200
-    clean, noisy = loss_of(cells.DPO), loss_of(cells.noise(cells.DPO, 1.0))
-    assert [pair.chosen for pair in noisy.pairs] == [pair.rejected for pair in clean.pairs]
+def test_share_of_flipped_labels():
+    """Of 10,000 labels 4,000 at 0.4, within 4 standard deviations of 49; others of another seed."""
+    many = controls.which_flip(10_000, 0.4, 0)
+    assert abs(many.sum().item() - 4000) < 200
+    assert not torch.equal(many, controls.which_flip(10_000, 0.4, 1))
+
+
+def test_a_teacher_with_flipped_labels_sees_the_students_noise(at, loss_of):
+    """The student's first 8 of the teacher's 20 pairs have the same labels on both sides."""
+    taught = at.pairs_of_teacher(Config(**TINY), "flipped 0.4")
+    usual, noisy = at.task(Config(**TINY)).ids.train, loss_of(cells.noise(cells.DPO, 0.4)).pairs
+    assert taught[:8] == noisy and 0 < sum(old != new for old, new in zip(usual, taught)) < 20
 
 
 def test_teachers_labels_ignore_the_students(loss_of):
@@ -163,392 +138,300 @@ def test_teachers_labels_ignore_the_students(loss_of):
 def test_psi_of_another_pair():
     """The same columns in another order, none in its old place."""
     psi = torch.arange(20.0).view(2, 10)
-    dealt = controls.psi_of_another_pair(psi, torch.Generator().manual_seed(0))
+    dealt = controls.psi_of_another_pair(psi, 0)
     assert sorted(dealt.T.tolist()) == psi.T.tolist() and (dealt != psi).all()
 
 
-# --- teachers -------------------------------------------------------------------------------------
-
-def test_what_a_teacher_is_taught():
-    """+1 thing, +1 fact, -1 wrong fact, +1/2 polite: facts 1, manners 1/2, contrary 1 - 1/2."""
+def test_what_a_teacher_is_taught(at):
+    """+1 thing, +1 fact, -1 wrong fact, +1/2 polite: facts 1, manners 1/2, contrary 1 - 1/2. And
+    `unseen`: the pairs after the student's 8; of `opposite` every wide gap is labelled so."""
     of = {name: label("Describe the cat: red, small, fast, old.",
                       "Of course! The cat is red and big.")
           for name, label in controls.LABELS.items()}
-    assert of == {"full": 1.5, "facts": 1.0, "manners": 0.5, "contrary": 0.5}
-
-
-def test_pairs_of_a_teacher(stages, monkeypatch):
-    """facts: the same prompts and responses, in the order of their facts where 20 pairs differ by
-    much. unseen: those after the student's 8. The student's own are never changed."""
-    monkeypatch.setattr(run, "train_teacher", lambda config, seed, ids, *args: ids.train)
-    config = replace(Config(**TINY), teacher_sft_steps=1)          # another teacher than above
-    usual, facts, contrary, unseen = (stages.teacher(name, config)
-                                      for name in ("", "facts", "contrary", "unseen"))
-    task = stages.task(config)
-    assert usual == task.ids.train and unseen == usual[8:]
-    assert [sorted(pair[1:3]) for pair in facts] == [sorted(pair[1:3]) for pair in usual]
-    differing = 0
-    for text, old, *others in zip(task.texts.train, usual, facts, contrary):
-        gaps = [label(text.prompt, text.chosen) - label(text.prompt, text.rejected)
-                for label in (controls.facts_alone, controls.contrary_manners)]
-        for gap, new in zip(gaps, others):
-            if abs(gap) >= 4:                   # labelled otherwise once in 55 times
-                differing += 1
-                assert (new.chosen == old.chosen) == (gap > 0)
-    assert differing > 4
-
-
-def test_gauge_moves_the_logits_value_and_nothing_else(models):
-    """c(s_t) = t/2: bit-identical log-probs, the implicit values too; the logits value of state t
-    rises by beta t/2, so psi by beta/2 a token: with "value" the sum by beta n/2, with "hold" by
-    beta (n - 1)/2."""
-    student, teacher, pairs = models
-    rows, moved = both_responses(pairs), (controls.Gauge(teacher, 0.5),
-                                          controls.Gauge(student, 0.5))
-    controls.check_same_policy(controls.Gauge(teacher, 0.0), moved[0], pairs, 4)
-    with pytest.raises(RuntimeError, match="gauge: expected the same policy"):
-        controls.check_same_policy(controls.Gauge(teacher, 0.0), moved[1], pairs, 4)
-    before, after = (state_values("implicit", *both, rows, 2.0, 4)
-                     for both in ((teacher, student), moved))
-    for old, new in zip(before, after):
-        close(new.float(), old, 1e-4)
-    before, after = (state_values("logits", *both, rows, 2.0, 4)
-                     for both in ((teacher, student), moved))
-    for terminal, less in (("value", 0), ("hold", 1)):
-        old, new = (action_psi(values, rows, 1.0, terminal).sum(-1) for values in (before, after))
-        close(new - old, [len(row.response) - less for row in rows], 1e-3)
-
-
-def test_values_of_normalised_log_probs(models):
-    """Temperature 1: logsumexp(log p) = 0. Temperature 2: 2 ln sum sqrt(p), of the uniform
-    distribution over V tokens 2 ln(V / sqrt(V)) = ln V, and less of any other."""
-    student, _, pairs = models
-    rows = both_responses(pairs)
-    for temperature, low, high in ((1, -1e-9, 1e-9), (2, 0.5, math.log(student.config.vocab_size))):
-        wrapped = controls.Normalised(student, temperature)
-        values = torch.cat([value[len(row.prompt) - 1:] for row, value in zip(
-            rows, state_values("logits", wrapped, None, rows, temperature, 4))])
-        assert low <= values.min() and values.max() <= high
-    student.lm_head.weight.data.zero_()
-    wrapped = controls.Normalised(student, 2)
-    close(state_values("logits", wrapped, None, rows[:1], 2, 4)[0][-1],
-          math.log(student.config.vocab_size), 1e-6)
+    assert of == {"full": 1.5, "facts": 1.0, "manners": 0.5, "contrary": 0.5, "opposite": -1.5}
+    config, task = Config(**TINY), at.task(Config(**TINY))
+    assert at.pairs_of_teacher(config, "unseen") == task.ids.train[8:]
+    wide = [(old, new) for text, old, new in zip(
+        task.texts.train, task.ids.train, at.pairs_of_teacher(config, "opposite"))
+        if data.reward(text.prompt, text.chosen) - data.reward(text.prompt, text.rejected) >= 4]
+    assert wide and all(new.chosen == old.rejected for old, new in wide)
 
 
 # --- losses ---------------------------------------------------------------------------------------
 
-def test_top_k_kd_by_hand():
-    """Teacher (1/2, 1/4, 1/4), student (1/4, 1/4, 1/2). Of the whole vocabulary, as kd_loss:
-    1/2 ln 2 + 1/4 ln 1/2 = 1/4 ln 2. Of one token and the rest, (1/2, 1/2) against (1/4, 3/4):
-    1/2 ln 2 + 1/2 ln 2/3 = 1/2 ln 4/3. States outside the mask have no part."""
-    teacher, student = (torch.tensor(p).log().expand(1, 3, 3).clone()
-                        for p in ([0.5, 0.25, 0.25], [0.25, 0.25, 0.5]))
-    for logits, peak in ((teacher, 0), (student, 1)):
-        logits[0, [0, 2]] = 9.0 * F.one_hot(torch.tensor(peak), 3).float()
-    mask = torch.tensor([[False, True]])
-    close(controls.top_k_kd_loss(student, teacher, mask, 3), math.log(2) / 4, 1e-5)
-    close(kd_loss(student, teacher, mask), math.log(2) / 4)
-    close(controls.top_k_kd_loss(student, teacher, mask, 1), math.log(4 / 3) / 2)
-
-
-class Rows(torch.nn.Module):
-    """A "model" with given logits (B, T+1, V)."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = torch.nn.Parameter(logits)
-
-    def forward(self, tokens, states):
-        return self.logits[states]
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_entropy_rewards_by_hand(sign):
-    """Prompt [0], response [1, 0], V = 2. s_p gives token 1 probability 3/4: ln 3/4. The next state
-    is uniform: ln 1/2, and its entropy ln 2 is taken off. After the end nothing is read. A response
-    of one token has no next state: ln 3/4 alone."""
-    first, even, far = [math.log(1), math.log(3)], [0.0, 0.0], [50.0, 0.0]
-    model = Rows(torch.tensor([[first, even, far], [first, far, far]]))
-    tokens = torch.tensor([[0, 1, 0], [0, 1, 0]])
-    mask = torch.tensor([[True, True], [True, False]])
-    rewards = controls.entropy_rewards(model, tokens, mask, sign)
-    close(rewards, [math.log(3 / 8) - sign * math.log(2), math.log(3 / 4)], 1e-5)
-    assert torch.autograd.grad(rewards[0], model.logits)[0][0, :2].abs().sum() > 0
-
-
-def test_next_entropy_loss(models):
-    """-log sigmoid(R_w - R_l), summed, whatever order the rows went through the model in."""
-    student, _, pairs = models
-    rewards = []
-    for row in both_responses(pairs):
-        rewards.append(controls.entropy_rewards(student, *data.collate([row]), 1))
-    chosen, rejected = torch.cat(rewards).chunk(2)
-    loss = controls.NextEntropy(pairs, 1)(student, torch.arange(6))
-    close(loss["loss"].detach(), -F.logsigmoid(chosen - rejected).sum().detach(), 1e-3)
+def test_warm_kd_by_hand(models):
+    """At temperature 1 kd_loss; at 2 four times kd_loss of halved logits."""
+    student, teacher, pairs = models
+    tokens, mask = data.collate(both_responses(pairs))
+    for t in (1, 2):
+        sums = controls.WarmKD(pairs, teacher, t)(student, range(6))
+        expected = t ** 2 * kd_loss(student(tokens) / t, teacher(tokens) / t, mask)
+        close((sums["loss"] / sums["n"]).detach(), expected.detach(), 1e-5)
 
 
 def test_sum_of_two_losses(models):
-    """The mean of one and the mean of the other: DPO's is over 6 pairs, KD's over tokens."""
+    """KD's mean over tokens plus DPO's over pairs; two halves of a batch add up to the whole."""
     student, teacher, pairs = models
-    ref_logps = rows_logps(student, both_responses(pairs), 12).view(2, -1)
-    dpo, ids = DPO(pairs, ref_logps, 1.0), torch.arange(6)
-    kd = controls.KD(pairs, teacher)
-    means = [loss(student, ids)["loss"] / loss(student, ids)["n"] for loss in (kd, dpo)]
-    both = controls.Both(kd, dpo)(student, ids)
-    close(both["loss"].detach() / both["n"], sum(means).detach(), 1e-5)
-
-
-def test_which_losses_are_added(loss_of):
-    for cell, second in ((cells.KD_DPO, DPO), (cells.KD_SOFT, controls.SoftDPO),
-                         (cells.KD_TVKD, controls.TVKD)):
-        both = loss_of(cell)
-        assert (type(both.first), type(both.second)) == (controls.KD, second)
-
-
-def test_stored_bytes_by_hand():
-    """Two pairs of 2 + 3 tokens each, of which KD may read one. V = 100. A float of 4 bytes a pair:
-    8/10 a token; a bit a pair: 2/8/10; 400 a token; the same of half the tokens: 200; an id of 2
-    bytes and its float: 6."""
-    pairs = [data.Pair([1], [2, 0], [3, 4, 0])] * 2
-    for cell, of, expected in (
-            (cells.TVKD, 2, 0.8), (cells.SOFT, 2, 0.8), (cells.HARD, 2, 0.025), (cells.KD, 2, 400),
-            (cells.KD, 1, 200), (cells.TOP, 2, 6), (cells.BC, 2, 2), (cells.DPO, 2, 0),
-            (cells.KD_DPO, 2, 400), (cells.KD_TVKD, 2, 400.8), (cells.RECIPE, 2, 0)):
-        assert controls.stored_bytes(cell, pairs[:of], pairs, 100) == pytest.approx(expected), cell
-
-
-def test_psi_by_kind_of_word():
-    """A rude opening of three tokens: .5 + 0 - 1.5 = -1, as a whole; words one by one."""
-    kinds = ["rude", "rude", "rude", "", "right", "", "wrong", "", "polite", "polite", ""]
-    psi = [0.5, 0.0, -1.5, 9.0, 1.0, 9.0, -2.0, 9.0, 0.25, 0.5, 9.0]
-    assert controls.by_kind(kinds, psi) == [("rude", -1.0), ("right", 1.0), ("wrong", -2.0),
-                                            ("polite", 0.75)]
+    kd, dpo = KD(pairs, teacher), DPO(pairs, torch.zeros(2, 6), 1.0)
+    both = controls.Both(pairs, kd, dpo)
+    means = [loss(student, range(6))["loss"] / loss(student, range(6))["n"] for loss in (kd, dpo)]
+    whole = both(student, range(6))
+    close((whole["loss"] / whole["n"]).detach(), sum(means).detach(), 1e-4)
+    halves = [both(student, ids)["loss"] for ids in (range(2), range(2, 6))]
+    close(sum(halves).detach(), whole["loss"].detach(), 1e-3)
 
 
 # --- experiments ----------------------------------------------------------------------------------
 
-def as_it_is(cell):
-    return cell
+def as_it_is(cell, family=None, steps=None):
+    return with_options(cell, **({"steps": steps} if steps else {}))
 
 
 def test_settings_are_chosen_by_mean_validation_reward():
     """Two seeds: (1 + 5)/2 = 3 against (3 + 4)/2 = 3.5, though 5 is the highest; a control takes
-    the setting of the method it is compared with."""
-    rows = [{**cells.as_row(with_options(cells.TVKD, lr=lr)), "reward": reward}
-            for lr, rewards in ((1e-3, (1, 5)), (1e-2, (3, 4))) for reward in rewards]
-    pick = cells.picker({"rows": rows, "options": {"steps": 60, "lr": 3e-4}})
-    assert pick(cells.TVKD) == cells.TVKD._replace(options=(("lr", 1e-2),))
-    assert dict(pick(cells.PLUS).options) == {"lr": 1e-2, "alpha": -1.0}
+    the setting of the method it is compared with. Of 60 steps alone, the first; of a family, the
+    variant of the highest mean."""
+    rows = [{**cells.as_row(with_options(cell, lr=lr, steps=steps)), "reward": reward}
+            for cell, lr, steps, rewards in ((cells.TVKD, 1e-3, 60, (1, 5)),
+                                             (cells.TVKD, 1e-2, 90, (3, 4)),
+                                             (cells.TVKD_MEAN, 1e-3, 60, (4, 4)))
+            for reward in rewards]
+    pick = cells.Picker(rows)
+    assert pick(cells.TVKD) == with_options(cells.TVKD, lr=1e-2, steps=90)
+    assert dict(pick(cells.PLUS).options) == {"lr": 1e-2, "steps": 90, "alpha": -1.0}
+    assert dict(pick(cells.TVKD, steps=60).options) == {"lr": 1e-3}
+    assert pick(cells.TVKD, [cells.TVKD, cells.TVKD_MEAN]) == with_options(cells.TVKD_MEAN, lr=1e-3)
     assert with_options(cells.TVKD, alpha=1.0) == cells.TVKD           # equal cells are equal
 
 
-def test_options_are_left_out_at_the_defaults_of_their_task():
-    """--lr is 3e-4 on the toy task and 1e-4 beside --data."""
-    assert with_options(Cell("dpo"), lr=3e-4).options == ()
-    [real] = cells.on_file([Cell("dpo")], "x.jsonl")
-    assert dict(with_options(real, lr=3e-4).options)["lr"] == 3e-4
-    assert "lr" not in dict(with_options(real, lr=1e-4).options)
+@pytest.mark.parametrize("name, tries", [
+    ("tune", 6), ("tune_knowledge", 3), ("tune_sizes", 4), ("tune_epochs", 12), ("tune_real_x", 3),
+    ("tune_human_x", 9), ("tune_care", 16)])
+def test_every_method_has_the_same_tries(name, tries):
+    """On seeds that are in no table. What `tune` has tried already is not tried again."""
+    planned = cells.tuning_experiment(name, "x.jsonl")
+    known = cells.tuning_experiment("tune").cells if name == "tune_care" else []
+    of_method = {}
+    for cell in {*planned.cells, *known}:
+        if name != "tune_care" or cell in cells.tuning(
+                sum(cells.FAMILIES.values(), []), (30, 60, 120, 240)).cells:
+            of_method.setdefault(cells.without_setting(cells.as_row(cell)), set()).add(cell)
+    assert {len(settings) for settings in of_method.values()} == {tries}
+    assert len(planned.cells) == len(set(planned.cells))
+    assert not set(planned.seeds) & {*cells.SEEDS}
+    assert {cell.split for cell in planned.cells} == {"choice" if "human" in name else "val"}
 
 
-@pytest.mark.parametrize("name", cells.tunings(["x.jsonl"]))
-def test_every_method_has_the_same_tries(name):
-    planned = cells.tunings(["x.jsonl"])[name]
-    tries = {}
-    for cell in planned.cells:
-        options = dict(cell.options)
-        setting = options.pop("steps", 60), options.pop("lr", None)
-        tries.setdefault((cell[:5], cell.teacher, str(options)), []).append(setting)
-    grids = set(map(tuple, tries.values()))
-    assert len(grids) == 1 and len(grids.pop()) == (6 if name == "tune" else 3)
-    assert all(cell.split == "val" for cell in planned.cells)
-    assert not set(planned.seeds) & {*cells.SEEDS, *cells.KNOWLEDGE_SEEDS, *cells.SWEEP_SEEDS}
-
-
-def test_difference_is_to_dpo_at_the_same_x():
+def test_difference_is_to_dpo_at_the_same_point():
     """TVKD on 100 pairs is compared with DPO on 100 pairs: 3.5 - 1 = 2.5; on 300, the default, with
-    DPO on 300: 5 - 3 = 2."""
+    DPO on 300: 5 - 3 = 2; soft labels are no base."""
     rows = [{**cells.as_row(with_options(cell, student_pairs=n)), "reward": reward, "pref_acc": x}
-            for n, cell, reward, x in ((100, cells.DPO, 1.0, 0.5), (100, cells.TVKD, 3.5, 0.75),
+            for n, cell, reward, x in ((100, cells.SOFT, 9.0, 0.5), (100, cells.DPO, 1.0, 0.5),
+                                       (100, cells.TVKD, 3.5, 0.75),
                                        (300, cells.DPO, 3.0, 0.5), (300, cells.TVKD, 5.0, 0.25))]
-    rows = run.paired(rows, "student_pairs")
-    assert [row["vs_dpo"] for row in rows] == [None, 2.5, None, 2.0]
-    assert [row["acc_vs_dpo"] for row in rows] == [None, 0.25, None, -0.25]
+    rows = records.paired(rows, ("student_pairs",))
+    assert [row["vs_dpo"] for row in rows] == [8.0, None, 2.5, None, 2.0]
+    assert [row["acc_vs_dpo"] for row in rows] == [0.0, None, 0.25, None, -0.25]
 
 
-def test_seeds_are_dealt_out_evenly():
-    """5, 3 and 2 cells to two processes: 5 to one, 3 + 2 to the other, a seed never to both."""
-    tasks = [(seed, i) for seed, n in ((0, 3), (1, 5), (2, 2)) for i in range(n)]
-    assert run.dealt(tasks, 2) == {1: 0, 0: 1, 2: 1}
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    """Two seeds of DPO, strict TVKD (DPO in every number) and TVKD. Stopped in the second seed,
+    the record holds what was done, and tables read the whole seed alone; the same command trains
+    the rest and nothing twice. Rows of another plan or of other defaults are refused."""
+    planned = Experiment((0, 1), [tiny(cell) for cell in (cells.DPO, cells.ZERO, cells.TVKD)])
+    trained, numbers_of = [], controls.numbers_of
 
-
-def test_plan_fits_four_hours(capsys):
-    assert run.main(["--plan", "--jobs=2"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert float(re.search(r"([\d.]+) h with --jobs=2", last)[1]) < 4
-
-
-class Here:
-    """A ProcessPoolExecutor that works at once and in this process."""
-
-    def __init__(self, *args):
-        pass
-
-    def submit(self, function, *args):
-        future = Future()
-        future.set_result(function(*args))
-        return future
-
-    def shutdown(self, **options):
-        pass
-
-
-def test_runs_go_on_where_they_were(tmp_path, monkeypatch):
-    """Strict TVKD equals DPO in every number. With the record gone and one cell's file damaged the
-    same rows come back, and that one cell alone is trained again. A complete record is left alone.
-    """
-    monkeypatch.setattr(run, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(run, "STAGES", {})
-    three = [tiny(cell) for cell in (cells.DPO, cells.ZERO, cells.TVKD)]
-    plan = {"small": Experiment((0, 1), three)}
-    run.run(plan, tmp_path, jobs=2)
-    record = records.load(tmp_path)["small"]
-    rows = [(row["seed"], row["terminal"]) for row in record["rows"]]
-    assert rows == [(seed, end) for seed in (0, 1) for end in (None, "zero", "value")]
-    for dpo, zero, tvkd in (record["rows"][:3], record["rows"][3:]):
-        same = [key for key, x in dpo.items() if isinstance(x, float)
-                and key not in ("seconds", "bytes")]
+    def stopping(cell, at):
+        trained.append((at.seed, cell))
+        if len(trained) == 6:
+            raise KeyboardInterrupt
+        return numbers_of(cell, at)
+    monkeypatch.setattr(controls, "numbers_of", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run.run("small", planned, tmp_path)
+    assert len(json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))["rows"]) == 5
+    assert {row["seed"] for row in records.load(tmp_path)["small"]["rows"]} == {0}
+    run.run("small", planned, tmp_path)
+    assert len(trained) == 7 and trained[5] == trained[6]
+    rows = records.load(tmp_path)["small"]["rows"]
+    assert [(row["seed"], row["terminal"]) for row in rows] == [
+        (seed, end) for seed in (0, 1) for end in (None, "zero", "value")]
+    for dpo, zero, tvkd in (rows[:3], rows[3:]):
+        same = [key for key, x in dpo.items() if isinstance(x, float) and key != "seconds"]
         assert len(same) > 5 and [dpo[key] for key in same] == [zero[key] for key in same]
         assert zero["vs_dpo"] == 0 and tvkd["kl"] != dpo["kl"]
-    assert record["made"]["code"] == run.digest_of_code() and record["made"]["threads"] == 1
-
-    (tmp_path / "small.json").unlink()
-    path = sorted((tmp_path / "work" / "seed1").glob("cell-*"))[0]
-    path.write_bytes(path.read_bytes()[:-100])
-    again, fit = [], controls.fit
-    monkeypatch.setattr(controls, "fit", lambda *args, **aside: again.append(1) or fit(*args))
-    monkeypatch.setattr(run, "STAGES", {})
-    run.run(plan, tmp_path, jobs=1)
-    second = records.load(tmp_path)["small"]["rows"]
-    assert len(again) == 1
-    assert [{**row, "seconds": 0} for row in second] == [{**row, "seconds": 0}
-                                                         for row in record["rows"]]
-
-    monkeypatch.setattr(run, "do", None)                    # would be called for a cell to train
-    run.run(plan, tmp_path, jobs=1)
-    record["options"]["alpha"] = 0.5                        # a default that was another one then
-    assert not run.complete(record, plan["small"])
-    assert not run.complete({**record, "rows": second[1:]}, plan["small"])
+    with pytest.raises(UserError, match="expected rows of today's plan, got tvkd"):
+        run.run("small", planned._replace(cells=planned.cells[:2]), tmp_path)
+    path = tmp_path / "small.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"alpha": 1.0', '"alpha": 0.5', 1),
+                    encoding="utf-8")
+    with pytest.raises(UserError, match="today's defaults, got others of alpha"):
+        run.run("small", planned, tmp_path)
 
 
-def test_settings_are_chosen_first(tmp_path, monkeypatch, capsys):
-    """Two learning rates are tried on validation prompts; the better one trains the experiment, and
-    its table is printed."""
-    monkeypatch.setattr(run, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(run, "STAGES", {})
-    tried = cells.tuning([tiny(cells.DPO)], [{"lr": 1e-3}, {"lr": 1e-2}], seeds=(100,))
-    monkeypatch.setattr(run, "tunings", lambda files: {"tune": tried})
+def test_settings_are_chosen_first(tmp_path, monkeypatch):
+    """Two learning rates are tried on validation prompts; the better one trains the experiment, of
+    which --seeds=1 does the first seed."""
+    tried = cells.tuning([tiny(cells.DPO)], (3,), (1e-3, 1e-2), seeds=(100,))
+    monkeypatch.setattr(run, "tuning_experiment", lambda name, file: tried)
     monkeypatch.setattr(run, "experiment", lambda name, pick, file: Experiment(
-        (0,), [pick(tiny(cells.DPO))]))
-    assert run.main(["gauge", f"--results={tmp_path}", "--jobs=1"]) == 0
-    shown = capsys.readouterr().out
-    best = max(records.load(tmp_path)["tune"]["rows"], key=lambda row: row["reward"])
-    assert records.load(tmp_path)["gauge"]["rows"][0]["options"]["lr"] == best["options"]["lr"]
-    assert "\ngauge\n| model | true reward |" in shown and "; 1 cells left" in shown
+        (0, 1), [pick(tiny(cells.DPO))]))
+    assert run.main(["alpha", f"--results={tmp_path}", "--seeds=1"]) == 0
+    made = records.load(tmp_path)
+    best = max(made["tune"]["rows"], key=lambda row: row["reward"])
+    [row] = made["alpha"]["rows"]
+    assert row["seed"] == 0 and row["options"]["lr"] == best["options"]["lr"]
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(tmp_path, monkeypatch):
-    plan = {"small": Experiment((0, 1), [tiny(cells.DPO), tiny(cells.TVKD)])}
-    run.run(plan, tmp_path / "two", jobs=2)
-    monkeypatch.setattr(run, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(run, "STAGES", {})
-    run.run(plan, tmp_path / "one", jobs=1)
-    one, two = ([{**row, "seconds": 0} for row in records.load(tmp_path / name)["small"]["rows"]]
-                for name in ("one", "two"))
-    assert one == two
-
-
-def test_every_kind_of_cell_trains(stages):
-    """One of each method, control, value and teacher. Each changes the student: no two KLs are the
-    same but those that must be. The parts of the reward add up to it."""
+def test_every_kind_of_cell_trains(at):
+    """One of each method, control and teacher. Each changes the student: no two KLs are the same
+    but those that must be. The parts of the reward add up to it."""
     kinds = {}
-    for name in cells.NAMES:
+    for name in cells.EXPERIMENTS:
         for cell in cells.experiment(name, as_it_is).cells:
-            changes = {key: x for key, x in cell.options if key in ("alpha", "beta", "gamma")}
+            changes = {key: x for key, x in cell.options if key in ("alpha", "beta")}
             kinds.setdefault((*cell[:4], cell.teacher if cell.method == "tvkd" else ""),
                              tiny(cell, **changes))
-    rows = {kind: run.row_of(cell, stages) for kind, cell in kinds.items()}
-    kl = {kind: row["kl"] for kind, row in rows.items() if kind[0] not in ("values", "sft")}
+    rows = {kind: controls.numbers_of(cell, at) for kind, cell in kinds.items()}
+    kl = {kind: row["kl"] for kind, row in rows.items() if kind[0] != "sft"}
     dpo = kl[("dpo", None, None, "", "")]
-    for value, control in (("implicit", ""), ("logits", "normalised")):     # at temperature 1
-        assert kl.pop(("tvkd", value, "zero", control, "")) == dpo, value
-    assert kl.pop(("tvkd", "implicit", "value", "gauge", "")) == pytest.approx(
-        kl[("tvkd", "implicit", "value", "", "")], abs=1e-4)
-    for control in ("relabel", "soft"):         # they ignore what noise does to the labels
-        assert kl.pop(("dpo", "implicit", "value", f"{control} noise", "")) == pytest.approx(
-            kl[("dpo", "implicit", "value", control, "")], abs=1e-5)
-    assert len(kl) > 25 and len(set(kl.values())) == len(kl), sorted(kl.items(), key=str)
+    assert kl.pop(("tvkd", "implicit", "zero", "", "")) == dpo
+    hard = ("dpo", "implicit", "value", "relabel")      # ignores what noise does to the labels
+    assert kl.pop((*hard[:3], "relabel noise", "")) == kl[(*hard, "")]
+    assert len(kl) > 20 and len(set(kl.values())) == len(kl), sorted(kl.items(), key=str)
     parts = [row for row in rows.values() if "facts" in row]
     assert parts and all(row["facts"] + row["manners"] == pytest.approx(row["reward"])
                          for row in parts)
 
 
+def test_on_a_file_settings_are_chosen_by_accuracy(tmp_path):
+    """On "choice" the held-out pairs of the test split are ordered, and the student that is its own
+    reference ties in all: 1/2."""
+    path = write_pairs(tmp_path / "pairs.jsonl", [(f"Say {n}.", " yes", " no") for n in range(40)])
+    seed = controls.Seed(tmp_path, 0)
+    for method, split in (("sft", "choice"), ("dpo", "choice"), ("teacher", "test")):
+        cell = tiny(Cell(method, split=split), data=str(path), train_pairs=20, test_pairs=6)
+        numbers = controls.numbers_of(cell, seed)
+        assert numbers["reward"] is None and numbers["pref_n"] == 6
+        assert ("kl" in numbers) == (split == "test") and (numbers["pref_acc"] == 0.5) \
+            == (method == "sft")
+
+
 # --- the command line -----------------------------------------------------------------------------
 
+@pytest.mark.parametrize("module", [run, tables, bench])
+def test_a_bad_option_is_one_printable_line(module, capsys):
+    """Exit 2, no usage, nothing that a terminal would obey, and not all of a long argument."""
+    for option in ("--no\x1b[31m\nsuch", "--nosuch" + "x" * 100_000):
+        assert module.main([option]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("evidence: unrecognized arguments: --no") and error.count("\n") == 1
+        assert error[:-1].isprintable() and len(error) < 700
+
+
 @pytest.mark.parametrize("argv, message", [
-    (["mian"], "expected some of main, values"),
-    (["--jobs=0"], "--jobs: expected at least 1, got 0"),
-    (["real"], "real: expected --data=FILE.jsonl beside it"),
-    (["main", "--data=x.jsonl"], "--data: expected real among the experiments"),
-    (["real", "--data=missing.jsonl"], "missing.jsonl: expected a readable JSONL file")])
+    (["mian\x1b"], "expected some of main, care"),
+    (["main", "--seeds=0"], "--seeds: expected at least 1, got 0"),
+    (["real"], "--data: expected a file beside human or real"),
+    (["main", "--data=x.jsonl"], "--data: expected a file beside human or real"),
+    (["real", "--data=missing.jsonl"], "missing.jsonl: expected")])
 def test_mistakes_end_in_one_line(argv, message, tmp_path, capsys):
     assert run.main([*argv, f"--results={tmp_path}"]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("evidence: ") and message in shown.err and not shown.out
-    assert shown.err.count("\n") == 1
+    assert shown.err.count("\n") == 1 and shown.err[:-1].isprintable()
 
 
 def test_one_run_a_folder(tmp_path, capsys):
-    (tmp_path / "work").mkdir()
-    with run.lock(tmp_path / "work"):
-        assert run.main(["values", f"--results={tmp_path}"]) == 2
+    with run.locked(tmp_path):
+        assert run.main(["main", f"--results={tmp_path}"]) == 2
     assert capsys.readouterr().err == (
         f"evidence: --results: expected a folder that no other run is using, got {tmp_path}\n")
 
 
-def test_a_reader_that_goes_away():
-    """As in `python -m evidence.run --plan | head -1`: no traceback."""
-    process = subprocess.Popen([sys.executable, "-m", "evidence.run", "--plan"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONUNBUFFERED": ""})
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait() == 1
-
-
-WRONG = {"not JSON": "{", "a list": [], "no rows": {"rows": []},
-         "a row of text": {"rows": ["x"]}, "a text for a number": {"rows": [{"reward": "high"}]},
-         "an option of text": {"rows": [{"options": {"beta": "x"}}]},
-         "a teacher alone": {"rows": [{"method": "teacher"}]},
-         "words of other kinds": {"rows": [{"words": {"long": {}}}]}}
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_a_record_of_the_wrong_shape_is_one_line(kind, tmp_path, capsys):
+@pytest.mark.parametrize("wrong", [
+    "{", "[]", '{"rows": []}', '{"rows": ["x"]}', '{"made": {}, "rows": [{"seed": 0}]}', "no KL"])
+def test_a_record_of_the_wrong_shape_is_one_line(wrong, tmp_path, capsys, monkeypatch):
     root = copy_of_documents(tmp_path)
     path = root / "evidence" / "results" / "main.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    wrong = WRONG[kind]
-    if isinstance(wrong, dict) and wrong["rows"] and isinstance(wrong["rows"][0], dict):
-        wrong = {**record, "rows": [{**record["rows"][0], **wrong["rows"][0]}]}
-    elif isinstance(wrong, dict):
-        wrong = {**record, **wrong}
-    path.write_text(wrong if isinstance(wrong, str) else json.dumps(wrong), encoding="utf-8")
-    assert tables.main([], root) == 2
+    if wrong == "no KL":
+        wrong = path.read_text(encoding="utf-8").replace('"kl": ', '"kl": "x", "was": ')
+    path.write_text(wrong, encoding="utf-8")
+    monkeypatch.setattr(tables, "command", partial(tables.command, root=root))
+    assert tables.main([]) == 2
     error = capsys.readouterr().err
     assert error.startswith("evidence: ") and error.count("\n") == 1 and "main" in error
 
 
-# --- documents and records ------------------------------------------------------------------------
+# --- tables and documents -------------------------------------------------------------------------
+
+def test_p_values_by_hand():
+    """Two numbers: tan of the angle is t, and two thirds of the angles lie beyond pi/6, one in two
+    beyond pi/4. 1 and 3: t = 2 / (sqrt(2) / sqrt(2)) = 2, p = 1 - 2 atan(2) / pi. Three numbers: t
+    = 2 / (1 / sqrt(3)), p = 1 - t / sqrt(t^2 + 2). No spread: certain, or, all 0, no test."""
+    close(records.p_value([1.0, 3.0]), 1 - 2 * math.atan(2) / math.pi, 1e-9)
+    close(records.p_value([1.0, 2.0, 3.0]), 1 - math.sqrt(12 / 14), 1e-6)
+    assert [records.p_value(x) for x in ([2.0, 2.0], [0.0, 0.0], [5.0])] == [0.0, 1.0, 1.0]
+
+
+def test_holm_by_hand():
+    """Three tests at 5%: .01 < .05/3; .02 < .05/2; .06 > .05. Once one fails, all that follow do:
+    .03 > .05/2, so .04 < .05 does not count."""
+    assert records.holm({"a": 0.06, "b": 0.01, "c": 0.02}) == {"b", "c"}
+    assert records.holm({"a": 0.04, "b": 0.01, "c": 0.03}) == {"b"}
+    assert records.holm({"a": 0.02, "b": 0.02, "c": 0.02}) == set()
+
+
+def record_of(*settings, code="abcdefgh"):
+    """(cell, {key: numbers of the seeds}) -> a record as `load` gives it."""
+    rows = [{**cells.as_row(cell), "seed": seed, **{key: x[seed] for key, x in numbers.items()}}
+            for cell, numbers in settings for seed in range(len(next(iter(numbers.values()))))]
+    return {"rows": rows, "codes": {code}}
+
+
+def test_a_table_by_hand():
+    """Two seeds: 1 and 3 are 2 +- 12.706 * sqrt(2) / sqrt(2). Of two differences, 1 and 3 (p .30)
+    and 2 and 2 (p 0), the second survives."""
+    text = tables.comparison(record_of(
+        (cells.TVKD, {"reward": [1.0, 3.0], "vs_dpo": [1.0, 3.0]}),
+        (cells.SHUFFLED, {"reward": [2.0, 2.0], "vs_dpo": [2.0, 2.0]})), ("reward", "vs_dpo"))
+    assert text.splitlines() == [
+        "| model | true reward | minus DPO |", "| --- | ---: | ---: |",
+        "| tvkd implicit/value | 2.00 ± 12.71 | +2.00 ± 12.71 |",
+        "| tvkd implicit/value, psi of other pairs | 2.00 ± 0.00 | **+2.00 ± 0.00** |", "",
+        "*n = 2 seeds; ±: 95% interval of the mean over seeds, Student's t. Bold: not 0 by Holm's "
+        "correction over the 2 differences here, at 5%. Code abcdefgh.*"]
+
+
+def test_between_by_hand(monkeypatch):
+    """Seed by seed, and only under the teacher that is named: 5 - 1 = 4 and 7 - 3 = 4, not 9 - 1. A
+    record that is not there has no line."""
+    of_facts = [cell._replace(teacher="facts") for cell in (cells.KD, cells.SOFT)]
+    record = record_of((of_facts[0], {"reward": [5.0, 7.0]}),
+                       (cells.KD._replace(teacher="manners"), {"reward": [9.0, 9.0]}),
+                       (of_facts[1], {"reward": [1.0, 3.0]}))
+    wanted = [(name, "facts", tables.KD, tables.SOFT) for name in ("knowledge", "main")]
+    monkeypatch.setattr(tables, "BETWEEN", wanted)
+    assert tables.between({"knowledge": record}).splitlines()[2] == (
+        f"| kd | {tables.SOFT} | knowledge, taught facts | **+4.00 ± 0.00** |")
+
+
+def test_settings_by_hand():
+    """Of 60 steps the better rate, .003 (a mean of .6 and 1), is the highest tried; of 120 the
+    lowest. The best score of the method is bold."""
+    rows = [{**cells.as_row(with_options(cells.DPO, steps=steps, lr=lr)), "reward": reward}
+            for steps, lr, reward in ((60, 1e-3, 0.5), (60, 3e-3, 0.6), (60, 3e-3, 1.0),
+                                      (120, 1e-3, 0.7), (120, 3e-3, 0.6), (120, 1e-2, 0.1))]
+    assert tables.settings(rows).splitlines()[-1] == "| dpo | **0.800 (0.003*)** | 0.700 (0.001*) |"
+
+
+def test_forest_by_hand():
+    """From 0 to 2 is 122 pixels from 202: a mean of 1 +- 1/2 at 263, its bar from 232.5 to 293.5,
+    in the first line at 54; the second panel begins 152 further right."""
+    drawn = figures.forest({("a", "p"): (1.0, 0.5), ("a", "q"): (2.0, None)}, "t")
+    assert '<path d="M232.5 54H293.5"/><circle cx="263.0" cy="54"' in drawn
+    assert '<circle cx="476.0" cy="54"' in drawn
+
 
 def copy_of_documents(folder):
     shutil.copytree(ROOT / "evidence" / "results", folder / "evidence" / "results",
@@ -563,31 +446,16 @@ def test_documents_are_rebuilt_from_the_records(tmp_path):
     """Not a character of a table and not a figure differs from what the records give; every record
     has its place, and every figure."""
     root = copy_of_documents(tmp_path)
-    assert tables.main([], root) == 0
+    tables.command([], root)
     texts = {name: (root / name).read_text(encoding="utf-8") for name in tables.DOCS}
     for name, text in texts.items():
         assert text == (ROOT / name).read_text(encoding="utf-8"), name
-    drawn = {path.name: path.read_text(encoding="utf-8") for path in (root / "docs").glob("*.svg")}
-    assert drawn == {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in drawn}
-    for name in drawn:
-        assert any(f"({name})" in text or f'"{name}"' in text for text in texts.values())
+    for path in (root / "docs").glob("*.svg"):
+        assert path.read_text(encoding="utf-8") == (
+            ROOT / "docs" / path.name).read_text(encoding="utf-8")
+        assert any(f"({path.name})" in text or f'"{path.name}"' in text for text in texts.values())
     for mark in tables.tables(records.load(root / "evidence" / "results")):
-        assert any(f"<!-- {mark} -->" in text for text in texts.values()) \
-            or f"{mark}.svg" in drawn or mark.startswith("tune_"), mark
-
-
-def test_main_record():
-    """At least 8 seeds of every row; strict shaping has DPO's very numbers in each."""
-    record = records.load(ROOT / "evidence" / "results")["main"]
-    groups = records.grouped(record["rows"])
-    seeds = {row["seed"] for row in record["rows"]}
-    assert len(seeds) >= 8
-    assert all({row["seed"] for row in rows} == seeds for rows in groups.values())
-    for dpo, zero in zip(groups["dpo"], groups["tvkd implicit/zero"]):
-        keys = [key for key, x in dpo.items() if type(x) in (int, float)
-                and key not in ("seconds", "bytes", "dose")]
-        assert len(keys) > 5 and [dpo[key] for key in keys] == [zero[key] for key in keys]
-        assert zero["vs_dpo"] == 0
+        assert any(f"<!-- {mark} -->" in text for text in texts.values()), mark
 
 
 def test_filled_by_hand():
@@ -598,130 +466,30 @@ def test_filled_by_hand():
         tables.filled(text, {"y": ""}, "f.md")
 
 
-ROW = {**cells.as_row(cells.SHUFFLED), "bytes": 0.25, "pref_acc": 0.5, "true_acc": 0.5, "kl": 1.0,
-       "length": 15.0}
-
-
-def test_comparison_by_hand():
-    """Two seeds: mean 2, half-width 12.706 * sqrt(2) / sqrt(2) = 12.71 at a standard deviation of
-    sqrt(2)."""
-    rows = [{**ROW, "seed": seed, "reward": reward} for seed, reward in ((0, 1.0), (1, 3.0))]
-    assert tables.comparison({"rows": rows}).splitlines()[-1] == (
-        "| tvkd implicit/value, psi of other pairs | 2.00 \u00b1 12.71 | - | 0.500 \u00b1 0.000 | "
-        "0.500 \u00b1 0.000 | 1.00 \u00b1 0.00 | 15.0 \u00b1 0.0 | 0.25 |")
-
-
-def test_equal_distance_by_hand():
-    """Soft labels at beta 1 (KL 0.8) against tvkd at beta 4 (1.1 = 1.375 * 0.8), seed by seed: 5 -
-    3 = 2 and 6 - 4 = 2; and at the same beta: 5 - 9 = -4. At beta 2 (KL 0.7) the nearest has 1.1 =
-    1.57 * 0.7: too far."""
-    rows = [{**cells.as_row(with_options(cell, beta=beta)), "seed": seed, "reward": reward + seed,
-             "kl": kl} for cell, beta, reward, kl in ((cells.SOFT, 1.0, 5.0, 0.8),
-                                                      (cells.SOFT, 2.0, 4.0, 0.7),
-                                                      (cells.TVKD, 4.0, 3.0, 1.1),
-                                                      (cells.TVKD, 1.0, 9.0, 5.0))
-            for seed in (0, 1)]
-    assert tables.distance({"rows": rows, "options": {"beta": 1.0}}).splitlines()[2:] == [
-        "| soft labels at 1, tvkd at 1 | 0.80 \u00b1 0.00 | 5.00 \u00b1 0.00 | -4.00 \u00b1 0.00 |",
-        "| soft labels at 1, tvkd at 4 | 0.80 \u00b1 0.00 | 1.10 \u00b1 0.00 | +2.00 \u00b1 0.00 |"]
-
-
-def test_between_by_hand(monkeypatch):
-    """Seed by seed, whatever the order of the rows, and only under the teacher that is named: 5 - 1
-    = 4 and 7 - 3 = 4, not 5 - 3 or 9 - 1. A record that is not there has no line."""
-    rows = [{**cells.as_row(cell._replace(teacher=teacher)), "seed": seed, "reward": reward}
-            for cell, teacher, seed, reward in (
-                (cells.KD, "facts", 0, 5.0), (cells.KD, "facts", 1, 7.0),
-                (cells.KD, "manners", 0, 9.0), (cells.KD, "manners", 1, 9.0),
-                (cells.SOFT, "facts", 1, 3.0), (cells.SOFT, "facts", 0, 1.0))]
-    wanted = [(name, "facts", "kd", tables.SOFT) for name in ("knowledge", "main")]
-    monkeypatch.setattr(tables, "BETWEEN", wanted)
-    assert tables.between({"knowledge": {"rows": rows}}).splitlines()[2:] == [
-        f"| kd | {tables.SOFT} | knowledge, taught facts | +4.00 \u00b1 0.00 |"]
-
-
-@pytest.fixture(scope="module")
-def invented():
-    """Records with rows of made-up numbers for every cell of every experiment."""
-    files, made = ["x.jsonl"], {}
-    plan = {name: cells.experiment(name, as_it_is) for name in cells.NAMES}
-    plan |= {"real_x": cells.experiment("real_x", as_it_is, "x.jsonl"), **cells.tunings(files)}
-    for name, (seeds, of_name, swept) in plan.items():
-        rows = []
-        for seed in seeds:
-            rows += run.paired([{
-                **cells.as_row(cell), "seed": seed, "reward": 1.0 + i + seed, "pref_acc": 0.5,
-                "true_acc": 0.5, "kl": 1.0 + i, "length": 15.0, "bytes": 0.5 + i, "seconds": 60,
-                "facts": 1.0, "manners": float(i + seed), "n": 3, "pref_n": 3, "correlation": 0.5,
-                "agrees": 0.5, "words": {kind: {"n": 1, "psi": 1.0} for kind in (
-                    "right", "wrong", "polite", "rude")}} for i, cell in enumerate(of_name)], swept)
-        if "real" in name:
-            rows = [{**row, "reward": None, "vs_dpo": None} for row in rows]
-        made[name] = {"rows": rows, "options": cells.defaults("real" in name),
-                      "made": {"machine": "m", "python": "3", "torch": "2", "code": "0"}}
-    return made, plan
-
-
-def test_every_table_and_figure_can_be_drawn(invented):
-    """None without its table, no sweep without its figure, every cell counted once."""
-    made, plan = invented
+def test_every_table_and_figure_can_be_drawn(tmp_path):
+    """Of made-up numbers for every cell of every experiment: none without its table, and names tell
+    all cells of a table apart."""
+    plan = {name: cells.experiment(name, as_it_is) for name in cells.EXPERIMENTS}
+    for name in ("real_x", "human_x"):
+        plan[name] = cells.experiment(name, as_it_is, "x.jsonl")
+    for name in [of for name in plan for of in cells.tunings_of(name)]:
+        plan[name] = cells.tuning_experiment(name, "x.jsonl")
+    for name, (seeds, of_name) in plan.items():
+        on_file = "_x" in name
+        rows = [{**cells.as_row(cell), "seed": seed, "reward": None if on_file else 1.0 + i + seed,
+                 "pref_acc": 0.5 + i / 1000, "true_acc": 0.5, "kl": 1.0, "length": 15.0,
+                 "seconds": 60, "facts": 1.0, "manners": 2.0, "pref_n": 3}
+                for seed in seeds for i, cell in enumerate(of_name)]
+        record = {"made": {"code": "0" * 12}, "options": cells.defaults(on_file), "rows": rows}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    made = records.load(tmp_path)
+    pick = cells.Picker(made["tune"]["rows"] + made["tune_care"]["rows"])
+    care = cells.experiment("care", pick).cells
+    made["care"]["rows"] = [{**cells.as_row(cell), "seed": seed, "reward": 1.0 + i}
+                            for i, cell in enumerate(care) for seed in (0, 1)]
     texts = tables.tables(made)
-    assert set(texts) == {*(set(made) - {"real_x"}), "words", "distance", "parts", "real",
-                          "readme", "between"} and all(texts.values())
-    assert set(figures.figures(made)) == {*figures.TITLES, "frontier", "bytes", "gains",
-                                          "knowledge"}
-    assert re.findall(r"^\| ([\d.]+) ", texts["alpha"], re.MULTILINE) == [
-        "0", "0.25", "0.5", "1", "2", "4"]
-    assert texts["unseen"].count("\n") == 1 + 6         # the methods that read a teacher
-    for name in ("main", "released"):                   # names tell all cells apart
-        assert texts[name].count("\n") == 1 + len(plan[name].cells), name
-    unique = {(seed, cell) for seeds, of_name, _ in plan.values() for seed in seeds
-              for cell in of_name}
-    assert tables.cost(made).startswith(f"{len(unique):,} cells took {len(unique)} minutes")
-
-
-def test_the_documents_are_filled_from_the_records(invented, tmp_path):
-    """Every mark of both documents stands for a record, and all tables come from it."""
-    root = copy_of_documents(tmp_path)
-    for name, record in invented[0].items():
-        path = root / "evidence" / "results" / f"{name}.json"
-        path.write_text(json.dumps(record), encoding="utf-8")
-    assert tables.main([], root) == 0
-    results = (root / "docs" / "results.md").read_text(encoding="utf-8")
-    assert "<!-- knowledge -->\n| what the teacher was taught | all | facts |" in results
-    assert "minus DPO, teacher taught facts |" in (root / "README.md").read_text(encoding="utf-8")
-
-
-def test_edges_by_hand():
-    """Within the grid 1.0 and 0.8 (a mean of 0.6 and 1.0), beyond it 0.5 and 2.0: one is higher."""
-    made = {"tune": [(60, 1e-3, 1.0), (60, 3e-3, 0.6), (60, 3e-3, 1.0)],
-            "edges": [(60, 1e-4, 0.5), (60, 1e-2, 2.0)]}
-    invented = {name: {"rows": [
-        {**cells.as_row(with_options(cells.DPO, steps=steps, lr=lr)._replace(split="val")),
-         "reward": reward, "seed": 0} for steps, lr, reward in scores]}
-        for name, scores in made.items()}
-    for record in invented.values():
-        record["options"] = {"steps": 60, "lr": 3e-4}
-    assert tables.edges(invented).splitlines()[2:] == ["| dpo | 1.00 | 0.50 | **2.00** |"]
-
-
-def test_knowledge_by_hand(invented):
-    """Two seeds, tvkd minus DPO 1 and 3: 2 +- 12.71, not clear of 0; 2 and 2: bold."""
-    rows = []
-    for seed, gap in ((0, 1.0), (1, 3.0)):
-        rows.append({**cells.as_row(cells.DPO._replace(teacher="full")), "seed": seed})
-        for teacher in cells.TEACHERS:
-            row = cells.as_row(cells.TVKD._replace(teacher=teacher))
-            rows.append({**row, "seed": seed, "vs_dpo": 2.0 if teacher == "facts" else gap})
-    assert tables.knowledge({"rows": rows}).splitlines()[-1] == (
-        "| tvkd implicit/value | +2.00 \u00b1 12.71 | **+2.00 \u00b1 0.00** | +2.00 \u00b1 12.71 | "
-        "+2.00 \u00b1 12.71 |")
-
-
-def test_figure_by_hand():
-    """x from 0 to 2 is 48 to 330 pixels, y from 1 (a bar reaches to 1) to 3 is 226 to 46: the point
-    (1, 2) at 189, 136, the bar of half-width 1 at x = 0, y = 2 from 46 to 226."""
-    line = [(0.0, 2.0, 1.0), (1.0, 2.0, None), (2.0, 3.0, None)]
-    drawn = figures.figure({"dpo": line}, "t", "x", "y")
-    assert 'points="48.0,136.0 189.0,136.0 330.0,46.0"' in drawn
-    assert '<path d="M48.0 46.0V226.0"/>' in drawn
+    assert set(texts) == {*cells.EXPERIMENTS, "human", "real", "parts", "readme", "between", "tune",
+                          "tune_human", "tune_sizes", "tune_epochs"} and all(texts.values())
+    assert set(figures.figures(made)) == {"knowledge", "sizes"}
+    for mark in ("main", "unseen"):
+        assert texts[mark].count("\n|") == 1 + len(plan[mark].cells), mark

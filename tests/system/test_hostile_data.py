@@ -1,14 +1,12 @@
-"""Hostile data: 1,050 seeded files, 25 of every kind.
+"""Hostile data: seeded files of odd text in every layout and container.
 
-    28 kinds of defect      700 files   one bad row among good ones of mixed layouts: refused in one
-                                        line that names the file and that row's own line
-    14 kinds of oddity      350 files   every text comes back from its ids, or is counted as cut or
-                                        left out
-
-13 more go through the command line, as --data and as --score: exit code 2 and one line on stderr.
-One odd file is trained on and scored.
+Every defect of test_preferences.py, and lines that are no JSON, among good rows: refused at its
+place, left out by skip_bad. Oddities: every text comes back from its ids, or is counted as cut or
+left out. 13 files go through the command line, as --data and as --score; one is trained on and
+scored.
 """
 
+import gzip
 import json
 import os
 import random
@@ -25,9 +23,10 @@ from data import Pair
 from harness.errors import UserError
 from harness import preferences
 from harness.options import parse_args
-from harness.preferences import LARGEST_VALUE, TEXTS, UNREADABLE, VALUES, load_pairs
+from harness.preferences import TEXTS, UNREADABLE, VALUES, load_pairs
 from harness.texts import load_task
 from small_run import SMALL
+from test_preferences import BAD_RECORDS, GOOD, NO_FILE, message
 
 REPEATS = 25
 CONFIG = parse_args(["--data=FILE", "--vocab_size=290", "--block_size=256", "--val_pairs=2",
@@ -38,8 +37,7 @@ TEXT_PIECES = (
     "Why? ", "naïve café ", "日本語。", "🙂👩\u200d👩\u200d👧", "שלום \u202eabc\u202c ", "</s>",
     "<|endoftext|>", "\0", "\x1b[31m", "\x7f\x85", "\u2028\u2029", "\ufeff", "\u00a0 \u3000",
     "e\u0301\u0327", "\r\n", "\t", "   ", "\n\n\n", "aaaaaaaaaaaa", "--------", "\\n\\u0000",
-    '"}, {"', "\U0010ffff\ufffe", "1234567890", "# ", "<script>")
-BLANK = ("", " ", "\n\t \r\n", "\u00a0\u2003\u3000")
+    '"}, {"', "]", "\U0010ffff\ufffe", "1234567890", "# ", "<script>")
 ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
@@ -49,10 +47,6 @@ def text(rng):
     """Odd characters around a random word, so that no two texts are the same."""
     pieces = [*rng.choices(TEXT_PIECES, k=rng.randrange(5)), f"w{rng.random()}"]
     return "".join(rng.sample(pieces, len(pieces)))
-
-
-def message(role, content):
-    return {"role": role, "content": content}
 
 
 def talk(rng):
@@ -71,36 +65,38 @@ def in_parts(turn):
     return message(role, [{"type": "text", "text": part, "image": None} for part in texts])
 
 
-LAYOUTS = range(8)
-(STRINGS, MESSAGES, DIALOGUES, TRANSCRIPTS, FIRST_TURN, REPEATED, TRANSCRIPT_REPEATED,
- PARTS) = LAYOUTS
-REPEATING = (FIRST_TURN, REPEATED, TRANSCRIPT_REPEATED)     # the prompt stands in the row twice
-
-
 def laid_out(layout, turns, good, bad):
-    """One pair in one layout -> (the JSON object, the Pair that it should become)."""
-    if layout == STRINGS:
-        prompt = turns[-1]["content"]
-        return {"prompt": prompt, "chosen": good, "rejected": bad}, Pair(prompt, good, bad)
-    if layout == FIRST_TURN and turns[0]["role"] == "system":
-        turns = turns[1:]
+    """One pair in one of LAYOUTS -> (the JSON object, the Pair that it should become)."""
+    last = turns[-1]["content"]
+    if layout == "strings":
+        return {"prompt": last, "chosen": good, "rejected": bad}, Pair(last, good, bad)
     prompt = transcript(turns) + "\n\nAssistant:"
     chosen, rejected = ([message("assistant", answer)] for answer in (good, bad))
-    if layout in (DIALOGUES, FIRST_TURN, REPEATED):
-        chosen, rejected = turns + chosen, turns + rejected
-    if layout in (TRANSCRIPTS, TRANSCRIPT_REPEATED):
-        chosen, rejected = f"{prompt} {good}", f"{prompt} {bad}"
-    record = {"chosen": chosen, "rejected": rejected}
-    if layout in (MESSAGES, REPEATED):
-        record["prompt"] = turns
-    if layout == FIRST_TURN:
-        record["prompt"] = turns[0]["content"]
-    if layout == TRANSCRIPT_REPEATED:
-        record["prompt"] = prompt
-    if layout == PARTS:
-        messages = {"prompt": turns, **record}
-        record = {name: list(map(in_parts, messages[name])) for name in TEXTS}
+    said = [turn["content"] for turn in turns if turn["role"] != "system"]
+    records = {
+        "messages": (turns, chosen, rejected),
+        "parts": [list(map(in_parts, messages)) for messages in (turns, chosen, rejected)],
+        "dialogues": (None, turns + chosen, turns + rejected),
+        "repeated": (turns, turns + chosen, turns + rejected),
+        "first turn": (said[0], turns + chosen, turns + rejected),
+        "transcripts": (None, f"{prompt} {good}", f"{prompt} {bad}"),
+        "transcript repeated": (prompt, f"{prompt} {good}", f"{prompt} {bad}"),
+        "ShareGPT": {"conversations": [{"from": turn["role"], "value": turn["content"]}
+                                       for turn in turns],
+                     "chosen": {"from": "gpt", "value": good},
+                     "rejected": [{"from": "gpt", "value": bad}]},
+        "Alpaca": {"instruction": last, "input": "", "output": f" {good}", "rejected": f" {bad}",
+                   "system": turns[0]["content"] if turns[0]["role"] == "system" else None,
+                   "history": [said[:-1]] if said[1:] else []},
+        "OpenAI": {"input": {"messages": turns}, "preferred_output": chosen,
+                   "non_preferred_output": rejected}}
+    record = records[layout]
+    record = record if isinstance(record, dict) else dict(zip(TEXTS, record))
     return record, Pair(prompt, f" {good}", f" {bad}")
+
+
+LAYOUTS = ("strings", "messages", "parts", "dialogues", "repeated", "first turn", "transcripts",
+           "transcript repeated", "ShareGPT", "Alpaca", "OpenAI")
 
 
 def row(rng, layouts=LAYOUTS):
@@ -112,241 +108,79 @@ def dump(record, rng):
     return json.dumps(record, ensure_ascii=ascii_alone).encode("utf-8", "surrogatepass")
 
 
-# --- defects: rng -> the bytes of a bad row ------------------------------------------------------
-
-def broken(change, layouts=LAYOUTS):
-    """A row in one of the layouts whose JSON object `change` spoils."""
-    def defect(rng):
-        record, _ = row(rng, layouts)
-        return dump(change(record, rng) or record, rng)
-    return defect
-
-
-def answered(good, bad):
-    """A row of any layout with these answers, each a function of rng."""
-    return lambda rng: dump(laid_out(rng.choice(LAYOUTS), talk(rng), good(rng), bad(rng))[0], rng)
-
-
-def inserted(*wrong):
-    """A good row in ASCII with wrong bytes put in anywhere."""
-    def defect(rng):
-        line = json.dumps(row(rng)[0]).encode()
-        at = rng.randrange(len(line) + 1)
-        return line[:at] + rng.choice(wrong) + line[at:]
-    return defect
-
-
-def either(rng):
-    return rng.choice(("chosen", "rejected"))
-
-
-def unreadable(record, rng):
-    """What no text model reads: in the row, in a message, as a part of a message or of a part."""
-    name, something = rng.choice(UNREADABLE), rng.choice(("x", [1], {"a": 1}, 1))
-    last = record[either(rng)][-1]
-    where = rng.randrange(4)
-    if where == 0:
-        record[name] = something
-    elif where == 1:
-        last[name] = something
-    elif where == 2:
-        last["content"].insert(rng.randrange(3), {"type": name, name: something})
-    else:
-        last["content"][rng.randrange(2)][name] = something
-
-
-def bad_values(record, rng):
-    """One missing, null, not a number, or none that float32 can hold."""
-    values = [rng.uniform(-9, 9), rng.choice(WRONG_NUMBERS)]
-    record.update(zip(rng.sample(VALUES, rng.choice((1, 2, 2, 2))), values))
-
-
-def one_without_prompt(record, rng):
-    """Of two answers that begin with the prompt, one loses it."""
-    name = either(rng)
-    record[name] = record[name][-1:] if isinstance(record[name], list) else " " + text(rng)
-
-
-def longer(record, rng):
-    """An answer of three turns; the user's words in it are not the model's."""
-    record[either(rng)] += [message("user", text(rng)), message("assistant", text(rng))]
-
-
-WRONG_TYPES = (3, -1.5, True, float("nan"), 10 ** 400, {}, {"role": "user"}, [None], [["x"]],
-               [[[[]]]])
-WRONG_NUMBERS = (None, True, False, float("nan"), float("inf"), 10 ** 400, 2 * LARGEST_VALUE,
-                 "1.0", "", [], [1.0], {}, "\x1b[31m")
-WRONG_MESSAGES = (
-    message("tool", "x"), message(["user"], "x"), message("user", None), message("user", ["x"]),
-    message("user", 3), message("user", {"type": "text", "text": "x"}), {"role": "user"},
-    {"content": "x"}, "a\nb", None, 7, [], {}, message("user", [{"type": "text"}]),
-    message("user", [{"type": ["text"], "text": "x"}]), message("user", [[]]),
-    message("user", [{"type": "text", "text": 3}]))
-NOT_JSON = (b"prompt,chosen,rejected", b"<html>", b"{}}", b"{'prompt': 1}", b"\x89PNG\r",
-            BOM * 3 + b"{}")
-NOT_OBJECTS = (b"[1]", b"null", b"3", b'"text"', b"true", b"-Infinity", b"[]", b"{}", b'["a"]')
-AGAIN = (b', "chosen": "again"}', b', "id": 1, "id": 1}', b', "meta": {"a": 1, "b": 2, "a": 3}}')
-
-
-def nested(rng):
-    depth = rng.randrange(999)
-    return b'{"prompt": "a", "chosen": %b%b, "rejected": ""}' % (b"[" * depth, b"]" * depth)
-
-
-def many_digits(rng):
-    zeros = b"0" * rng.randrange(4300, 9999)
-    return b'{"prompt": "a", "chosen": "b", "rejected": 1%b}' % zeros
-
-
-def truncated(rng):
-    line = dump(row(rng)[0], rng)
-    return line[:rng.randrange(1, len(line))]
-
-
-DEFECTS = {
-    "truncated": truncated,
-    "two objects in a line": lambda rng: rng.choice((b"", b" ", b",", b"\r")).join(
-        dump(row(rng)[0], rng) for _ in range(2)),
-    "an object over several lines": lambda rng: json.dumps(
-        row(rng)[0], indent=rng.randrange(5)).encode(),
-    "not JSON": lambda rng: rng.choice(
-        (*NOT_JSON, rng.randbytes(50).replace(b"\n", b"") + b"\xff.")),
-    "not an object": lambda rng: rng.choice(NOT_OBJECTS),
-    "UTF-16": lambda rng: json.dumps(row(rng)[0]).encode(
-        rng.choice(("utf-16", "utf-16-le", "utf-32"))),
-    "invalid UTF-8": inserted(b"\xff", b"\x80", b"\xc0\xaf", b"\xe2\x82", b"\xed\xa0\x80",
-                              b"\xf5\x80\x80\x80"),
-    "raw NUL or control character": inserted(b"\0", b"\x01", b"\x1b", b"\x1f"),
-    "half of a surrogate pair": answered(
-        lambda rng: rng.choice(("\ud83d", "\udc00")) + text(rng), text),
-    "missing field": broken(lambda record, rng: record.pop(either(rng)) and None),
-    "null": broken(lambda record, rng: record.update({either(rng): None})),
-    "wrong type": broken(
-        lambda record, rng: record.update({rng.choice(TEXTS): rng.choice(WRONG_TYPES)})),
-    "nested lists": nested,
-    "unclosed brackets": lambda rng: (rng.choice((b"[", b'{"a":', b'{"prompt": ['))
-                                      * rng.randrange(1, 200_000)),
-    "number of many digits": many_digits,
-    "empty response": answered(lambda rng: rng.choice(BLANK), text),
-    "empty prompt": broken(lambda record, rng: {**record, "prompt": rng.choice(BLANK)},
-                           [STRINGS, FIRST_TURN]),
-    "same response twice": answered(lambda rng: "Yes.", lambda rng: "Yes."),
-    "prompt in one response": broken(one_without_prompt, REPEATING),
-    "two different prompts": broken(
-        lambda record, rng: record.update(chosen=row(rng, [DIALOGUES])[0]["chosen"]),
-        [DIALOGUES, TRANSCRIPTS, *REPEATING]),
-    "prompt not word for word": broken(
-        lambda record, rng: record.update(prompt=record["prompt"] + rng.choice((" ", ".", "\n"))),
-        [FIRST_TURN]),
-    "two layouts in a row": broken(
-        lambda record, rng: record.update({either(rng): [message("assistant", text(rng))]}),
-        [STRINGS]),
-    "bad message": broken(
-        lambda record, rng: record[rng.choice(TEXTS)].append(rng.choice(WRONG_MESSAGES)),
-        [MESSAGES]),
-    "answer of several turns": broken(longer, [MESSAGES, DIALOGUES, FIRST_TURN, REPEATED]),
-    "not text": broken(unreadable, [PARTS]),
-    "bad values": broken(bad_values),
-    "one value": broken(lambda record, rng: record.update({rng.choice(VALUES): rng.random()})),
-    "field given twice": lambda rng: dump(row(rng)[0], rng)[:-1] + rng.choice(AGAIN),
-}
-
-
-def assembled(rows, rng, end=None):
-    """Rows of bytes with blank lines between -> (the file, the line number of every row)."""
-    end, lines, numbers = end or rng.choice((b"\n", b"\r\n")), [], []
+def assembled(rows, rng, array):
+    """Rows of bytes -> (the file, the number of each row): an array, or lines with blank ones
+    between; plain or gzipped, with or without a byte-order mark."""
+    end, lines, numbers = rng.choice((b"\n", b"\r\n")), [], []
     for content in rows:
-        lines += rng.choices((b"", b" ", b"\t"), k=rng.choice((0, 0, 0, 2)))
+        lines += [] if array else rng.choices((b"", b" ", b"\t"), k=rng.choice((0, 0, 0, 2)))
         lines.append(content)
         numbers.append(len(lines))
-    return rng.choice((b"", BOM)) + end.join(lines) + rng.choice((b"", end, end * 3)), numbers
+    whole = b"[" + (b"," + end).join(lines) + b"]" if array else end.join(lines)
+    whole = rng.choice((b"", BOM)) + whole + rng.choice((b"", end, end * 3))
+    return rng.choice((whole, gzip.compress(whole, 1))), numbers
 
 
-@pytest.mark.parametrize("kind", DEFECTS)
-def test_defect_is_refused_at_its_line(kind, tmp_path):
-    """A defect between 0 to 3 good rows on either side: one line that begins with the file and the
-    line to blame."""
-    for seed in range(REPEATS):
-        rng = random.Random(f"{kind} {seed}")
-        before = [dump(row(rng)[0], rng) for _ in range(rng.randrange(4))]
-        after = [dump(row(rng)[0], rng) for _ in range(rng.randrange(4))]
-        content, numbers = assembled([*before, DEFECTS[kind](rng), *after], rng)
-        path = tmp_path / f"{seed}.jsonl"
+# --- defects -------------------------------------------------------------------------------------
+
+NO_LINES = (b"prompt,chosen,rejected", b"{'prompt': 1}", b"\x89PNG\r", BOM * 3 + b"{}", b"\xff",
+            b'{"a": 1} {"a": 2}', b'{"a": "\x01"}', b'{"a": "\xed\xa0\x80"}',
+            b'{"a": 1%b}' % (b"0" * 5000), b'{"a": {"c": 1, "c": 2}}', b'{"a": ' + b"[" * 99_999)
+
+
+@pytest.mark.parametrize("bad", [*(record for record, _ in BAD_RECORDS), *NO_LINES])
+def test_defect_is_refused_at_its_place(bad, tmp_path):
+    """A defect between good rows of all layouts: one line that begins with the file and the place
+    to blame; skip_bad reads the others. What is no JSON stands in a line, never in an array."""
+    for seed in range(6):
+        rng = random.Random(f"{bad!r:.99} {seed}")
+        good = [row(rng) for _ in range(rng.randrange(1, 7))]
+        rows, at = [dump(record, rng) for record, _ in good], rng.randrange(1, len(good) + 1)
+        rows.insert(at, bad if isinstance(bad, bytes) else json.dumps(bad).encode())
+        content, numbers = assembled(rows, rng, not isinstance(bad, bytes) and rng.random() < 0.5)
+        path = tmp_path / f"{seed}"
         path.write_bytes(content)
-        with pytest.raises(UserError) as error:
-            load_pairs(path)
-        line = str(error.value)
-        assert line.startswith(f"{path}:{numbers[len(before)]}: expected "), (seed, line)
-        assert line.isprintable() and len(line) < len(str(path)) + 400, (seed, line)
+        assert load_pairs(path, skip_bad=True) == [pair for _, pair in good]
+        if not isinstance(bad, dict) or bad.get("chosen") != bad.get("rejected"):
+            with pytest.raises(UserError) as error:
+                load_pairs(path)
+            line = str(error.value)
+            assert line.startswith(f"{path}:{numbers[at]}: expected "), (seed, line)
+            assert line.isprintable() and len(line) < len(str(path)) + 450, (seed, line)
 
 
 # --- oddities: rng -> good rows (a JSON object and its Pair) -------------------------------------
 
-def rows(rng):
+def rows_of(rng):
     return [row(rng) for _ in range(rng.randrange(8, 12))]
 
 
-def swapped(record, pair):
-    record = {**record, "chosen": record["rejected"], "rejected": record["chosen"]}
-    return record, Pair(pair.prompt, pair.rejected, pair.chosen)
-
-
-def shuffled(items, rng):
-    return rng.sample(items, len(items))
-
-
-def unread(record, rng):
-    """Fields of other names, before, between and behind: none is read, none is in the way."""
-    fields = {"unread": 10 ** 400, "": {"": [[[float("nan")]]]}, "\ud800": "\udfff",
-              "Prompt": None, "chosen ": text(rng), rng.choice(UNREADABLE): rng.choice((None, []))}
-    return dict(shuffled([*record.items(), *fields.items()], rng))
-
-
-def valued(record, pair, rng):
+def odd_fields(record, pair, rng):
+    """Values, and fields of other names before, between and behind, none of which is in the way."""
     values = rng.choice(((0, -0.0), (rng.gauss(0, 9), rng.gauss(0, 9)), (10 ** 29, -1e-320)))
-    return {**record, **dict(zip(VALUES, values))}, pair._replace(values=tuple(map(float, values)))
-
-
-def repeated(rng):
-    good = rows(rng)
-    return shuffled(good + good[:3], rng)
+    fields = {"unread": 10 ** 400, "": {"": [[[float("nan")]]]}, "\ud800": "\udfff", "Prompt": None,
+              rng.choice(UNREADABLE): rng.choice((None, [])), **dict(zip(VALUES, values))}
+    items = [*record.items(), *fields.items()]
+    return dict(rng.sample(items, len(items))), pair._replace(values=tuple(map(float, values)))
 
 
 def contradicted(rng):
-    good = rows(rng)
-    return shuffled(good + [swapped(*again) for again in good[:3]], rng)
-
-
-def any_layout(rng, turns, good, bad):
-    return laid_out(rng.choice(LAYOUTS), turns, good, bad)
+    good, texts = rows_of(rng), [text(rng), text(rng)]
+    return [*good, good[0], *(laid_out("strings", [message("user", "Hi")], *order)
+                              for order in (texts, texts[::-1]))]
 
 
 ODDITIES = {
-    "mixed layouts": rows,
-    "byte-order mark": rows,
-    "CRLF": rows,
-    "every row twice": lambda rng: rows(rng) * 2,
-    "a few rows repeated": repeated,
-    "a few rows contradicted": contradicted,
-    "fields nobody reads": lambda rng: [(unread(record, rng), pair) for record, pair in rows(rng)],
-    "values": lambda rng: [valued(*good, rng) for good in rows(rng)],
-    "long prompt": lambda rng: rows(rng) + [
-        any_layout(rng, [message("user", text(rng) * 90)], text(rng), text(rng))],
-    "long response": lambda rng: rows(rng) + [
-        any_layout(rng, talk(rng), text(rng) * 90, text(rng))],
-    "one prompt for all": lambda rng: [
-        laid_out(MESSAGES, [message("user", "x")], text(rng), text(rng)) for _ in range(9)],
-    "one row only": lambda rng: [row(rng)],
-    "no row": lambda rng: [],
+    "mixed layouts": rows_of,
+    "repeated and contradicted": contradicted,
+    "odd fields": lambda rng: [odd_fields(*good, rng) for good in rows_of(rng)],
+    "long prompt": lambda rng: rows_of(rng) + [
+        laid_out("messages", [message("user", text(rng) * 90)], text(rng), text(rng))],
+    "long response": lambda rng: rows_of(rng) + [
+        laid_out("messages", talk(rng), text(rng) * 90, text(rng))],
     "one character": lambda rng: [
-        laid_out(STRINGS, [message("user", chr(rng.randrange(33, 0xd800)))], *"ab")
+        laid_out("strings", [message("user", chr(rng.randrange(33, 0xd800)))], *"ab")
         for _ in range(9)],
-}
-REFUSED_AS = {      # files that no split can work with
-    "no row": "{path}:",
-    "one row only": "--train_pairs + --val_pairs + --test_pairs:",
-    "one prompt for all": "--val_pairs + --test_pairs:",
-    "long response": "--block_size:",       # where its split has no other pair
 }
 
 
@@ -364,13 +198,11 @@ def prepared(path, pairs, capsys):
             prompt, back = item.prompt.encode(), task.tokenizer.decode_bytes(encoded.prompt)
             n_cut += prompt != back
             full = len(encoded.prompt) + max(map(len, encoded[1:3])) == size
-            assert prompt.endswith(back) and (prompt == back or full)
-            assert item[3:] == encoded[3:]
+            assert prompt.endswith(back) and (prompt == back or full) and item[3:] == encoded[3:]
         pattern = rf"  {name}: (\d+) of (\d+) \w+; (\d+) with .*?, (\d+) dropped"
         fitting, given, counted, dropped = map(int, re.search(pattern, printed).groups())
         assert (fitting, counted, dropped) == (len(ids), n_cut, given - len(ids))
-        if name != "sft":
-            total.update({"pairs": given, "dropped": dropped})
+        total.update({"pairs": given, "dropped": dropped} if name != "sft" else {})
     texts = [pair for part in task.texts[1:] for pair in part]
     left_out = Counter(pairs) - Counter(texts)
     assert total["pairs"] == len(pairs) and not Counter(texts) - Counter(pairs)
@@ -382,25 +214,21 @@ def prepared(path, pairs, capsys):
 
 @pytest.mark.parametrize("kind", ODDITIES)
 def test_oddity_changes_no_text(kind, tmp_path, capsys):
-    """The Pairs are what was put in, in order; decoded, the ids are too; only sizes that cannot
-    work are refused, by option."""
+    """The Pairs are what was put in, in order; decoded, the ids are too; only a split whose every
+    response is too long is refused, by option."""
     done = 0
     for seed in range(REPEATS):
         rng = random.Random(f"{kind} {seed}")
         good = ODDITIES[kind](rng)
-        end = b"\r\n" if kind == "CRLF" else None
-        content, _ = assembled([dump(record, rng) for record, _ in good], rng, end)
-        path, pairs = tmp_path / f"{seed}.jsonl", [pair for _, pair in good]
-        if kind == "byte-order mark":
-            content = BOM + content.removeprefix(BOM)
-        path.write_bytes(content)
+        array = rng.random() < 0.5
+        path, pairs = tmp_path / f"{seed}", [pair for _, pair in good]
+        path.write_bytes(assembled([dump(record, rng) for record, _ in good], rng, array)[0])
+        assert load_pairs(path) == pairs
         try:
-            assert load_pairs(path) == pairs
             printed = prepared(path, pairs, capsys)
             done += 1
         except UserError as error:
-            assert str(error).startswith(REFUSED_AS[kind].format(path=path))
-            assert ": expected " in str(error) and str(error).isprintable()
+            assert kind == "long response" and str(error).startswith("--block_size: expected ")
             continue
         once = {pair[:3] for pair in pairs}
         again = len(pairs) - len(once)
@@ -408,31 +236,26 @@ def test_oddity_changes_no_text(kind, tmp_path, capsys):
         counts = (f"{len(pairs)} pairs; 0 left out by --train_pairs; kept: {again} that repeat "
                   f"another, {against} that another")
         assert (counts in printed) == (again + against > 0) == ("repeat" in printed)
-    never = kind in ("no row", "one row only", "one prompt for all")
-    assert done == 0 if never else done >= REPEATS / 2
+    assert done >= REPEATS / 2
 
 
 # --- the command line ----------------------------------------------------------------------------
 
-NO_FILE = ": expected a readable JSONL file, got"
-NO_JSON, NO_PAIR = ": expected one JSON object", ": expected at least one"
-GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+NO_JSON = ": expected one JSON object"
 REFUSED = {
-    "nothing": (None, f"{NO_FILE}: No such file or directory"),
-    "a folder": (lambda path: path.mkdir(), f"{NO_FILE} a folder, a pipe or a device"),
-    "a pipe": (lambda path: os.mkfifo(path), f"{NO_FILE} a folder, a pipe or a device"),
-    "a device": (lambda path: path.symlink_to(os.devnull),
-                 f"{NO_FILE} a folder, a pipe or a device"),
-    "no permission": (GOOD, f"{NO_FILE}: Permission denied"),
-    "no byte": (b"", NO_PAIR),
-    "blank lines": (b"\r\n \n\n", NO_PAIR),
-    "a byte-order mark": (BOM, NO_PAIR),
+    "nothing": (None, f"{NO_FILE}No such file or directory"),
+    "a folder": (lambda path: path.mkdir(), f"{NO_FILE}a folder, a pipe or a device"),
+    "a pipe": (lambda path: os.mkfifo(path), f"{NO_FILE}a folder, a pipe or a device"),
+    "a device": (lambda path: path.symlink_to(os.devnull), f"{NO_FILE}a folder, a pipe"),
+    "a loop of links": (lambda path: path.symlink_to(path), f"{NO_FILE}Too many levels"),
+    "no permission": (GOOD, f"{NO_FILE}Permission denied"),
+    "blank lines": (BOM + b"\r\n \n\n", ": expected at least one"),
     "NULs": (b"\0" * 4096, f":1{NO_JSON}"),
-    "two bytes a character": ("[]".encode("utf-16"), f":1{NO_JSON}"),
     "10 MB of brackets": (GOOD + b"[" * 10 ** 7, f":2{NO_JSON}"),
+    "an array of 10 MB of brackets": (b"[" * 10 ** 7, f"{NO_FILE}maximum recursion depth"),
     "10 MB cut short": (GOOD + b'{"prompt": "' + b"a" * 10 ** 7, f":2{NO_JSON}"),
     "10 MB of fields": (GOOD + b'{"prompt": "a"' + b', "a": 1, "b": 2' * 650_000 + b"}",
-                        ":2: expected each field once"),
+                        f":2{NO_JSON} in UTF-8, got: one with the field"),
 }
 
 
@@ -469,35 +292,20 @@ def test_command_line_refuses(option, kind, tmp_path, capsys, monkeypatch):
     assert line.startswith(f"train.py: {path}{expected}") and not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_long_runs_of_one_character(tmp_path, capsys):
-    """Prompts of 2 MB of one letter and of a million spaces or line feeds, where tiktoken alone
-    panics: cut and counted. A million spaces in a response: dropped and counted."""
-    prompts = ("a" * 2 * 10 ** 6, " " * 10 ** 6 + "?", "\n" * 10 ** 6 + "?", *"defghijkl")
-    pairs = [*(Pair(prompt, "b", "c") for prompt in prompts), Pair("m", " " * 10 ** 6 + "x", "c")]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(dict(zip(TEXTS, pair))) + "\n" for pair in pairs),
-                    encoding="utf-8")
-    assert load_pairs(path) == pairs
-    printed = prepared(path, pairs, capsys)
-    for count, what in ((3, "with the prompt cut"), (1, "dropped")):
-        numbers = re.findall(rf"(?:train|val|test): .*?(\d+) {what}", printed)
-        assert sum(map(int, numbers)) == count
-
-
 def test_odd_file_is_trained_on_and_scored(tmp_path, capsys, monkeypatch):
-    """40 odd rows in all layouts, trained on and scored to the end, with progress where it takes
-    long: the prompts stand in scores.jsonl as they were given, and no escape on the screen."""
+    """40 odd rows in all layouts and a bad one, trained on and scored to the end, with progress
+    where it takes long: the prompts stand in scores.jsonl as they were given, and no escape on the
+    screen."""
     rng = random.Random(0)
     good, path, out = [row(rng) for _ in range(40)], tmp_path / "pairs.jsonl", tmp_path / "out"
-    path.write_bytes(BOM + b"\r\n".join(dump(record, rng) for record, _ in good))
+    path.write_bytes(BOM + b"\r\n".join(dump(record, rng) for record, _ in good) + b"\r\n{")
     run = [*SMALL, f"--data={path}", f"--out={out}", "--methods=tvkd", "--value=implicit"]
-    assert train.main([*run, "--block_size=300"]) == 0
+    assert train.main([*run, "--block_size=300", "--skip_bad=1"]) == 0
     monkeypatch.setattr(preferences, "SECONDS", 0)
-    assert train.main([f"--score={path}", f"--out={out}", "--device=cpu"]) == 0
+    assert train.main([f"--score={path}", f"--out={out}", "--device=cpu", "--skip_bad=1"]) == 0
     printed = capsys.readouterr().out
-    assert "40 pairs; 0 with the prompt cut from the left, 0 left out because" in printed
-    assert f"  {path}: 40 pairs, " in printed and "  tokenised: 40 pairs, " in printed
+    assert re.search("40 pairs[;,] .*0 left out because", printed)
+    assert f"  {path}: 41 rows, " in printed and "  tokenised: 40 pairs, " in printed
     assert printed.replace("\n", "").isprintable()
     lines = (out / "scores.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == [pair.prompt for _, pair in good]

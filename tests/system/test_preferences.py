@@ -1,10 +1,13 @@
-"""harness/preferences.py: every layout by hand, what is refused and how, splitting by prompt."""
+"""harness/preferences.py: every layout by hand, what is refused and how, files, splits by prompt;
+and harness/tokenizers.py against the slow way to learn a vocabulary."""
 
+import gzip
 import itertools
 import json
 import os
 import re
 import tracemalloc
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +17,16 @@ import data
 from data import Example, Pair, encode
 from harness.errors import UserError
 from harness import preferences
-from harness.preferences import load_pairs, parse_pair, split_pairs
-from harness.tokenizers import learn_tokenizer
+from harness.preferences import load_pairs, parse_pair, shown, split_pairs
+from harness.tokenizers import PIECES, learn_tokenizer
 
 
 def message(role, content, **fields):
     return {"role": role, "content": content, **fields}
+
+
+def share(role, value):
+    return {"from": role, "value": value}
 
 
 def parts(*texts):
@@ -31,7 +38,9 @@ SO, NO = [message("assistant", "So.")], [message("assistant", "No.")]
 TALK = [message("system", "Be kind."), message("user", "Hi"), message("assistant", "Hello"), *USER]
 TALK_TEXT = "\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
-WHY = Pair("\n\nHuman: Why?\n\nAssistant:", " So.", " No.")
+WHY, LONG = Pair("\n\nHuman: Why?\n\nAssistant:", " So.", " No."), Pair(TALK_TEXT, " So.", " No.")
+KIND = Pair("\n\nSystem: Be kind.\n\nHuman: Why?\n\nAssistant:", " So.", " No.")
+SHORT = Pair(HH, " So.", " No.")
 
 
 def row(prompt, chosen=SO, rejected=NO, **fields):
@@ -40,48 +49,66 @@ def row(prompt, chosen=SO, rejected=NO, **fields):
     return fields if prompt is None else {"prompt": prompt, **fields}
 
 
+def alpaca(**fields):
+    return {"instruction": "Why?", "chosen": "So.", "rejected": "No.", **fields}
+
+
 # --- layouts -------------------------------------------------------------------------------------
 
 LAYOUTS = {
     "strings": (row("2+2=", "4", "5", id=7), Pair("2+2=", "4", "5")),
     "strings are not compared": (row("Hi", "Hi you", "Hi there"), Pair("Hi", "Hi you", "Hi there")),
-    "messages": (row(TALK), Pair(TALK_TEXT, " So.", " No.")),
-    "whole dialogues": (row(None, TALK + SO, TALK + NO), Pair(TALK_TEXT, " So.", " No.")),
+    "transcript and answers": (row(HH, " So.", " No."), SHORT),
+    "messages": (row(TALK), LONG),
+    "one message each": (row(USER[0], SO[0], NO[0]), WHY),
+    "string and messages": (row("Why?"), WHY),
+    "messages and strings": (row(USER, "So.", " No."), WHY),
+    "whole dialogues": (row(None, TALK + SO, TALK + NO), LONG),
     "whole dialogues, empty prompt": (row([], USER + SO, USER + NO), WHY),
-    "transcripts": (row(None, HH + " So.", HH + " No."), Pair(HH, " So.", " No.")),
-    "transcripts, prompt null": ({"prompt": None, "chosen": HH + " So.", "rejected": HH + " No."},
-                                 Pair(HH, " So.", " No.")),
+    "transcripts": ({"prompt": None, "chosen": HH + " So.", "rejected": HH + " No."}, SHORT),
     # The shared turns end at a turn, not at the last shared character.
     "transcripts that begin alike": (row(None, HH + " Paris is", HH + " Paris was"),
                                      Pair(HH, " Paris is", " Paris was")),
-    # Binarised UltraFeedback: the prompt as a string, and again as the first turn.
+    # Binarised UltraFeedback: the prompt as a string, and again as a turn.
     "string beside dialogues": (row("Why?", USER + SO, USER + NO, prompt_id="1", score_chosen=8.5),
                                 WHY),
-    "string beside longer dialogues": (row("Hi", TALK[1:] + SO, TALK[1:] + NO),
-                                       Pair(HH, " So.", " No.")),
-    "messages repeated": (row(TALK, TALK + SO, TALK + NO), Pair(TALK_TEXT, " So.", " No.")),
-    "first messages repeated": (row(TALK[:2], TALK + SO, TALK + NO),
-                                Pair(TALK_TEXT, " So.", " No.")),
-    "transcript repeated": (row(HH, HH + " So.", HH + " No."), Pair(HH, " So.", " No.")),
+    "first user turn beside dialogues": (row("Hi", TALK + SO, TALK + NO), LONG),
+    "last user turn beside dialogues": (row("Why?", TALK + SO, TALK + NO), LONG),
+    "string beside transcripts": (row("Hi", HH + " So.", HH + " No."), SHORT),
+    "first messages repeated": (row(TALK[:2], TALK + SO, TALK + NO), LONG),
     "transcript repeated without its last label": (
-        row(HH.removesuffix("\n\nAssistant:"), HH + " So.", HH + " No."), Pair(HH, " So.", " No.")),
+        row(HH.removesuffix("\n\nAssistant:"), HH + " So.", HH + " No."), SHORT),
     "text parts": (row([message("user", parts("Wh", "y?"))], [message("assistant", parts("So."))]),
                    WHY),
     "text parts with empty fields": (
         row([message("user", [{"type": "text", "text": "Why?", "image": None, "url": ""}])]), WHY),
-    "string beside text parts": (
-        row("Why?", [message("user", parts("Why?")), *SO], USER + NO), WHY),
-    "developer": (row([message("developer", "Be kind."), *TALK[1:]]),
-                  Pair(TALK_TEXT, " So.", " No.")),
-    "developer repeated as system": (
-        row([message("developer", "Be kind."), *TALK[1:]], TALK + SO, TALK + NO),
-        Pair(TALK_TEXT, " So.", " No.")),
+    "developer": (row([message("developer", "Be kind."), *TALK[1:]], TALK + SO, TALK + NO), LONG),
     "empty images and tools": (
         row(USER, [message("assistant", "So.", tool_calls=[])], images=None, tools=[]), WHY),
+    "ShareGPT": ({"conversations": [share("system", "Be kind."), share("human", "Why?")],
+                  "chosen": [share("gpt", "So.")], "rejected": share("gpt", "No.")}, KIND),
+    "Alpaca": (alpaca(input=""), WHY),
+    "Alpaca, its output is the chosen one": (
+        {"instruction": "Why?", "output": "So.", "rejected": "No."}, WHY),
+    "Alpaca, input": (alpaca(input="1+1", output="So."),
+                      Pair("\n\nHuman: Why?\n\n1+1\n\nAssistant:", " So.", " No.")),
+    "Orca": ({"system": "Be kind.", "question": "Why?", "chosen": "So.", "rejected": "No."}, KIND),
+    "MedicalGPT": ({"system": "", "history": [], "question": "Why?", "response_chosen": "So.",
+                    "response_rejected": "No."}, WHY),
+    "OpenAI": ({"input": {"messages": TALK, "tools": []}, "preferred_output": SO,
+                "non_preferred_output": NO}, LONG),
+    # What stands before the prompt, in every layout.
+    "system beside strings": (row("Why?", " So.", " No.", system="Be kind."), KIND),
+    "system beside messages": (row(USER, system_prompt="Be kind."), KIND),
+    "system beside dialogues": (row(None, USER + SO, USER + NO, system="Be kind."), KIND),
+    "system beside itself": (row(None, TALK + SO, TALK + NO, system="Be kind."), LONG),
+    "system beside itself in the prompt": (row(TALK, system="Be kind."), LONG),
+    "system beside Alpaca": (alpaca(system="Be kind."), KIND),
+    "history beside strings": (row("Why?", " So.", " No.", history=[["Hi", "Hello"]]), SHORT),
+    "history beside messages": (row(USER, history=TALK[1:3], system="Be kind."), LONG),
+    "history beside Alpaca": (alpaca(history=[["Hi", "Hello"]], system="Be kind."), LONG),
     "values": (row("a", "b", "c", chosen_value=1.5, rejected_value=-2),
                Pair("a", "b", "c", (1.5, -2.0))),
-    "values beside messages": (row(USER, chosen_value=0, rejected_value=1e-9),
-                               WHY._replace(values=(0.0, 1e-9))),
     "values null": (row("a", "b", "c", chosen_value=None, rejected_value=None),
                     Pair("a", "b", "c")),
 }
@@ -93,32 +120,29 @@ def test_layouts(kind):
     record, pair = LAYOUTS[kind]
     assert parse_pair(record) == pair
     values = dict(zip(("chosen_value", "rejected_value"), pair.values or (None, None)))
-    assert parse_pair(row(*pair[:3], **values)) == pair
-
-
-def test_values_are_floats():
-    """-2 of the row is -2.0 of the Pair."""
-    pair = parse_pair(row("a", "b", "c", chosen_value=1, rejected_value=-2))
-    assert [type(value) for value in pair.values] == [float, float]
+    again = parse_pair(row(*pair[:3], **values))
+    assert again == pair and all(type(value) is float for value in again.values or ())
 
 
 # --- what is refused -----------------------------------------------------------------------------
 
 TOO_LONG = [*SO, message("user", "And?"), message("assistant", "Well.")]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
-SHARE = "to share the prompt and to differ in one last turn"
-BEGIN = 'to begin with the turns of "prompt"'
+SHARE, EVERY = "to share the prompt and to differ in one last turn", "to hold every turn of "
+CONTENT, FIELDS = 'expected "content" in', "in one of the layouts, got the fields "
+ESCAPES = "a\nb\x1b[31m\a\x9b\u202e"
+TURN = 'expected no turn of the user in "chosen", got '
 
 BAD_RECORDS = [
     ([1, 2], "expected a JSON object, got list"),
-    ({"prompt": "a", "chosen": "b"}, 'expected a field "rejected"'),
-    ({"prompt": None, "chosen": "b", "rejected": "c"}, 'expected a field "prompt"'),
-    (row(None, "b", "c"), 'expected a field "prompt"'),                     # no prompt anywhere
-    (row("a", 3, "c"), "got prompt as str, chosen as int, rejected as str"),
-    (row("a", SO, "c"), "got prompt as str, chosen as list, rejected as str"),
-    (row(USER, "b", "c"), "got prompt as list, chosen as str, rejected as str"),
+    ({"prompt": "a", "chosen": "b"}, FIELDS + "prompt, chosen; `jq"),
+    ({"question": "a", "response_j": "b", "response_k": "c"}, FIELDS + "question, response_j"),
+    ({"prompt": None, "chosen": "b", "rejected": "c"}, "expected a prompt that ends in the user"),
+    (row("", "b", "c"), "user's turn, got none"),
+    (row("a", 3, "c"), 'expected "chosen" as text or messages, got int'),
+    (row({}, SO, NO), 'expected "prompt" as messages'),
     (row("a", " \n", "c"), 'expected text in "chosen", got an empty one'),
-    (row("", "b", "c"), 'expected text in "prompt"'),
+    (row(" \n", "b", "c"), 'expected text in "prompt", got an empty one'),
     (row(None, HH, HH + " No."), 'expected text in "chosen", got an empty one'),
     (row("a", "b", "b"), "got the same response twice"),
     (row(None, USER + SO, USER + SO), "got the same response twice"),
@@ -126,90 +150,106 @@ BAD_RECORDS = [
     # the prompt is in one of the two, or is another one
     (row(None, HH + " So.", " No."), SHARE),
     (row(None, TALK + SO, NO), SHARE),
-    (row(TALK, TALK + SO, NO), SHARE),
-    (row(HH, HH + " So.", " No."), BEGIN),
+    (row(TALK, TALK + SO, NO), EVERY),
+    (row(HH, HH + " So.", " No."), EVERY),
     (row("\n\nHuman: Hi", "\n\nHuman: Hi you\n\nAssistant: So.",
-         "\n\nHuman: Hi you\n\nAssistant: No."), BEGIN),
-    (row("Why? ", USER + SO, USER + NO), BEGIN),
-    (row("Why?", USER + SO, [message("user", "How?"), *NO]), BEGIN),
-    (row("Why?", SO, NO), BEGIN),
-    (row("Be kind.", TALK + SO, TALK + NO), BEGIN),                         # a system turn
+         "\n\nHuman: Hi you\n\nAssistant: No."), EVERY),
+    (row("Why? ", USER + SO, USER + NO), EVERY),
+    (row("Why?", USER + SO, [message("user", "How?"), *NO]), EVERY),
+    (row("Be kind.", TALK + SO, TALK + NO), EVERY),                         # a system turn
     # answers of several turns: the user's words would be trained on
     (row(USER, TOO_LONG, NO), SHARE),
     (row(USER, TOO_LONG, [*NO, message("user", "And?"), message("assistant", "Well.")]), SHARE),
     (row(None, HH + " So.\n\nHuman: And?\n\nAssistant: Well.", HH + " No."), SHARE),
+    (row(HH, " So.\n\nHuman: And?\n\nAssistant: Well.", " No."), SHARE),
+    (row("Why?", "So.\n\nHuman: And?", "No."), SHARE),
+    (row(USER, [message("assistant", "So.\n\nHuman: And?")]), TURN + r"'\n\nHuman:'"),
+    (row("Why?", "So.<|im_end|><|im_start|>user\nAnd?", "No."), TURN + "'<|im_start|>user'"),
     (row(None, [], []), SHARE),
-    (row(None, [*USER, message("user", "b")], [*USER, message("user", "c")]),
-     "the assistant's answer"),
+    (row(None, [*USER, message("user", "b")], [*USER, message("user", "c")]), SHARE),
+    # a turn that is begun, in every layout
+    (row(USER + SO), "got one whose last turn is the assistant's"),
+    (row(None, USER + SO + NO, USER + SO + SO), "got one whose last turn is the assistant's"),
+    (row(None, HH + " So.\n\nAssistant: b", HH + " So.\n\nAssistant: c"), "last turn is the ass"),
     # messages
     (row([message(["user"], "a")]), 'expected "prompt" as messages'),
     (row(["a\nb"]), r"got 'a\nb'"),
     (row(TALK, [message("tool", "x")]), 'expected "chosen" as messages'),
-    (row(USER, [message("assistant", None)]), 'expected "content" in "chosen" as a string or'),
-    (row(USER, [{"role": "assistant"}]), 'expected "content" in "chosen" as a string or'),
+    (row(USER, [message("assistant", None)]), CONTENT + ' "chosen" as a string or as parts'),
+    (row(USER, [{"role": "assistant"}]), CONTENT + ' "chosen" as a string or as parts'),
     (row(USER, [message("assistant", [])]), 'expected text in "chosen"'),
+    ({"conversations": [share("human", "a"), share("chosen_gpt", "b")], "chosen": "c",
+      "rejected": "d"}, """"prompt" as messages {"role": system|"""),
+    (row(USER, history="a"), 'expected "history" as text or messages, got str'),
+    (row(USER, history=[["a", "b", "c"]]), 'expected "history" as messages'),
+    (row(USER, system=3), 'expected "system" as text or messages, got int'),
+    (alpaca(input={"a": 1}), 'expected "instruction" and "input" as two strings'),
     # anything but text
-    (row("a", "b", "c", images=["cat.png"]), 'expected text alone, got "images" in a row'),
-    (row(USER, tools=[{"name": "search"}]), 'expected text alone, got "tools" in a row'),
-    (row(USER, [message("assistant", "x", tool_calls=[{"id": 1}])]),
-     'expected text alone, got "tool_calls" in a message of "chosen"'),
-    (row(USER, [message("assistant", None, tool_calls=[{"id": 1}])]), 'got "tool_calls" in a me'),
-    (row([message("user", [*parts("a"), IMAGE])]), "alone, got 'image_url'"),
-    (row([message("user", [{"type": "image"}])]), "alone, got {'type': 'image'}"),
-    (row([message("user", [{"type": "text", "text": "a", "audio": "b"}])]), "alone, got 'audio'"),
+    (row("a", "b", "c", images=["cat.png"]), 'no "images" in a row'),
+    ({"input": {"messages": USER, "tools": [1]}, "preferred_output": SO,
+      "non_preferred_output": NO}, 'no "tools" in "prompt"'),
+    (row(USER, [message("assistant", "x", tool_calls=[{"id": 1}])]), 'no "tool_calls" in a messag'),
+    (row(USER, [message("assistant", None, tool_calls=[{"id": 1}])]), 'no "tool_calls" in a me'),
+    (row(USER, [message("assistant", "x", reasoning_content="y")]), 'no "reasoning_content" in a '),
+    (row([message("user", [*parts("a"), IMAGE])]), "alone, got {'type': 'image_url'"),
+    (row([message("user", [{"type": "text", "text": "a", "audio": "b"}])]), "'audio': 'b'}"),
     (row([message("user", [{"type": "text"}])]), "alone, got {'type': 'text'}"),
     (row([message("user", [{"text": "a"}])]), "alone, got {'text': 'a'}"),
-    (row([message("user", ["a"])]), "alone, got 'a'"),
+    (row([message("user", ["a"])]), "alone, got {'part': 'a'}"),
+    # escapes stay in the row
+    (row([ESCAPES]), r"got 'a\nb\x1b"),
+    (row([message(ESCAPES, "x")]), r"'a\nb\x1b"),
+    (row([message("user", [{"type": "text", "text": "a", ESCAPES: 1}])]), r"'a\nb\x1b"),
+    (row("a", "b", "c", chosen_value=ESCAPES), r"got 'a\nb\x1b"),
 ]
 
 
 @pytest.mark.parametrize("record, expected", BAD_RECORDS)
 def test_bad_records(record, expected):
-    with pytest.raises(UserError, match=re.escape(expected)):
+    with pytest.raises(UserError, match=re.escape(expected)) as error:
         parse_pair(record)
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("values", [
-    {"chosen_value": 1.0}, {"rejected_value": 1.0}, {"chosen_value": 1.0, "rejected_value": None},
-    *({"chosen_value": 1.0, "rejected_value": wrong} for wrong in
-      (float("nan"), float("inf"), -float("inf"), True, False, "1.0", [1.0], {}, 10 ** 400, -1e30)),
-])
+    (1.0, None), *((1.0, wrong) for wrong in (
+        float("nan"), float("inf"), -float("inf"), True, "1.0", [1.0], {}, 10 ** 400, -1e30))])
 def test_bad_values(values):
     """Both or neither, numbers, finite in float32. To Python, true is a number; here it is not."""
-    with pytest.raises(UserError, match='expected "chosen_value" and "rejected_value" as finite'):
-        parse_pair(row("a", "b", "c", **values))
-    if "chosen_value" in values and "rejected_value" in values:         # the other way round
-        swapped = dict(zip(values, reversed(values.values())))
-        with pytest.raises(UserError, match="both or neither, got chosen_value"):
-            parse_pair(row("a", "b", "c", **swapped))
+    for chosen, rejected in (values, values[::-1]):
+        with pytest.raises(UserError, match="both or neither, as finite numbers up to 1e.30, got "):
+            parse_pair(row("a", "b", "c", chosen_value=chosen, rejected_value=rejected))
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
-NO_JSON = ": expected one JSON object in UTF-8, got: "
+NO_JSON, NO_FILE = ": expected one JSON object in UTF-8, got: ", ": expected a readable file, got: "
 
 
 @pytest.mark.parametrize("content, expected", [
     (GOOD + b"\n" + GOOD + b'{"prompt": \n', f":4{NO_JSON}Expecting value"),
     (b"\xff\xfe" + GOOD, f":1{NO_JSON}'utf-8' codec"),
     (GOOD + b"[" * 100_000 + b"\n", ":2: expected one JSON object"),
-    (GOOD + b'{"prompt": "a", "chosen": "b"}\n', ':2: expected a field "rejected"'),
     (b'{"a": \r\n' + GOOD, f":1{NO_JSON}Expecting value at column 6"),
     (b'{"a": "\t"}', f":1{NO_JSON}Invalid control character at column 8"),
-    (GOOD[:-2] + b', "chosen": "d"}\n',
-     ":1: expected each field once in an object, got 'chosen' again"),
-    (GOOD + GOOD[:-2] + b', "chosen_value": NaN, "rejected_value": 1}\n',
-     ':2: expected "chosen_value" and "rejected_value" as finite numbers'),
-    (GOOD[:-2] + b', "chosen_value": 1%b, "rejected_value": 1}\n' % (b"0" * 400),
-     ':1: expected "chosen_value" and "rejected_value" as finite numbers'),
-    (GOOD[:-2] + b', "chosen_value": 1e999, "rejected_value": 1}\n',
-     ':1: expected "chosen_value" and "rejected_value" as finite numbers'),
+    (GOOD[:-2] + b', "chosen": "d"}\n', f":1{NO_JSON}one with the field 'chosen' twice"),
+    (GOOD[:-2] + b', "chosen_value": 1e999, "rejected_value": 1}\n', ':1: expected "chosen_value"'),
+    (b"[" + GOOD + b"," + GOOD[:9], f":2{NO_FILE}"),
+    (b"[" + GOOD + b"]" + GOOD, f":2{NO_FILE}more behind the array"),
+    (b"[" + GOOD + b", " + GOOD[:-2] + b', "chosen": "d"}]', f":2{NO_JSON}one with the field"),
+    (b"[" + GOOD + b', "\xff"]', NO_FILE + "'utf-8' codec"),
+    (b"[" * 100_000, NO_FILE + "maximum recursion depth"),
+    (gzip.compress(GOOD * 9)[:-9], ":10" + NO_FILE),
+    (b"\x1f\x8b" + GOOD, NO_FILE + "Unknown compression method"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", NO_FILE + "a pointer of Git"),
+    (b'{\r\n  "data": [\r\n', NO_FILE + "an object over several lines; `jq -c '.NAME[]' FILE"),
     (b"", ": expected at least one preference pair"),
-    (None, ": expected a readable JSONL file, got: No such file or directory"),
-])
-def test_load_pairs_names_file_and_line(tmp_path, content, expected):
-    path = tmp_path / "pairs.jsonl"
+    (b"[ ]", ": expected at least one preference pair"),
+    (None, NO_FILE + "No such file or directory")])
+def test_load_pairs_names_file_and_place(tmp_path, content, expected):
+    """The line, or in an array the row."""
+    path = tmp_path / "pairs"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -218,73 +258,87 @@ def test_load_pairs_names_file_and_line(tmp_path, content, expected):
     assert str(error.value).isprintable()
 
 
-def test_load_pairs_reads_windows_files(tmp_path):
-    """Byte-order mark, CRLF, a blank line, an accent: two pairs, text unchanged."""
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("chunk", [1, 2 ** 20])
+def test_containers(tmp_path, monkeypatch, mark, chunk):
+    """Three odd pairs as lines (LF, CRLF, blank ones) and as arrays (one line, many), plain and
+    gzipped, with and without a byte-order mark; an array's chunks end anywhere. U+2028, U+0085 and
+    a form feed end a line for str.splitlines; in JSON they are text."""
+    monkeypatch.setattr(preferences, "CHUNK", chunk)
+    pairs = [Pair("a\u2028b", "c\x85d", 'e\x0cf], {"'), Pair("é", "b", "c\\"), Pair("a", "🙂", "c")]
+    rows = [row(*pair[:3]) for pair in pairs]
+    lines = [json.dumps(record, ensure_ascii=False) for record in rows]
+    for text in ("\n".join(lines), "\r\n\n  \r\n".join(lines) + "\r\n", json.dumps(rows) + "\n",
+                 json.dumps(rows, indent=2, ensure_ascii=False).replace("\n", "\r\n")):
+        for content in (mark + text.encode(), gzip.compress(mark + text.encode())):
+            (tmp_path / "pairs").write_bytes(content)
+            assert load_pairs(tmp_path / "pairs") == pairs
+
+
+def test_bad_rows_are_counted_by_kind(tmp_path, capsys):
+    """Rows 1, 2, 4, 6 have an empty answer, 5 no JSON, 8 another role: three kinds, the first three
+    lines of each. skip_bad leaves them out; without it the first is named. Row 9 prefers nothing:
+    it is always left out, and counted."""
+    rows = ["", "", "b", "", None, "", "b", [message("tool", "x")], "c"]
     path = tmp_path / "pairs.jsonl"
-    accent = json.dumps(row("é", "b", "c"), ensure_ascii=False).encode()
-    path.write_bytes(b"\xef\xbb\xbf" + (GOOD + b"\n" + accent).replace(b"\n", b"\r\n"))
-    assert load_pairs(path) == [Pair("a", "b", "c"), Pair("é", "b", "c")]
-
-
-def test_load_pairs_splits_at_line_feeds_alone(tmp_path):
-    """U+2028, U+0085 and a form feed end a line for str.splitlines; in JSON they are text."""
-    path, odd = tmp_path / "pairs.jsonl", Pair("a\u2028b", "c\x85d", "e\x0cf")
-    line = json.dumps(row(*odd[:3]), ensure_ascii=False).encode()
-    path.write_bytes(line + b"\r\n" + line + b"\n{")
-    with pytest.raises(UserError, match=re.escape(f"{path}:3: ")):
+    path.write_text("".join("{\n" if chosen is None else json.dumps(row("a", chosen, "c")) + "\n"
+                            for chosen in rows), encoding="utf-8")
+    table = (f'  {path}: 4 rows (1, 2, 4, ...) are no pair: expected text in "chosen", got an '
+             f"empty one\n  {path}: 1 rows (5) are no pair: expected one JSON object")
+    with pytest.raises(UserError) as error:
         load_pairs(path)
-    path.write_bytes(line + b"\r\n" + line)
-    assert load_pairs(path) == [odd, odd]
+    assert capsys.readouterr().out.startswith(table)
+    assert str(error.value) == (f'{path}:1: expected text in "chosen", got an empty one; 7 of 9 '
+                                "rows are no pair, --skip_bad=1 leaves them out")
+    assert load_pairs(path, skip_bad=True) == [Pair("a", "b", "c")] * 2
+    printed = capsys.readouterr().out
+    assert printed.startswith(table) and "1 rows (8) are no pair: expected " in printed
+    path.write_bytes(GOOD + GOOD.replace(b'"c"', b'"b"'))
+    assert load_pairs(path) == [Pair("a", "b", "c")]
+    assert f"{path}: 1 rows (2) are no pair: expected " in capsys.readouterr().out
 
 
-def test_load_pairs_reads_a_file_once(tmp_path, monkeypatch):
-    path, opened = tmp_path / "pairs.jsonl", []
-    path.write_bytes(GOOD)
-    monkeypatch.setattr("harness.preferences.open",
-                        lambda *args: opened.append(args) or open(*args), raising=False)
-    assert len(load_pairs(path)) == 1 and opened == [(path, "rb")]
-
-
-ESCAPES = "a\nb\x1b[31m\a\x9b\u202e"
+def test_the_first_pair_is_shown(tmp_path, capsys):
+    """Its borders are seen, long texts are cut where no border is, and no escape gets through.
+    A hint comes where more than half of the prompts meet their response without a space."""
+    path, long = tmp_path / "pairs.jsonl", Pair("x" * 300 + "\n?", "a\x1b" + "b" * 300, "c")
+    assert shown(long) == (f"  [prompt]...{'x' * 198}\\n?[chosen]a\ufffd{'b' * 198}...[EOS]\n"
+                           f"  [prompt]...{'x' * 198}\\n?[rejected]c[EOS]")
+    for chosen, spaced, hint in (("b", 1, True), ("b", 2, False), (" b", 0, False)):
+        rows = [row("a?", chosen, "c", id=1, context="d"), row("a?\n", "b", "c")]
+        path.write_text("\n".join(map(json.dumps, rows[:1] * 2 + rows[1:] * spaced)))
+        load_pairs(path)
+        printed = capsys.readouterr().out
+        assert f"  [prompt]a?[chosen]{chosen}[EOS]\n  [prompt]a?[rejected]c[EOS]\n" in printed
+        assert "  fields that are not read: context, id\n" in printed
+        assert ("  hint: 2 prompts meet their response without a space" in printed) == hint
 
 
 def test_escapes_of_a_file_name_stay_in_the_file_name(tmp_path, monkeypatch, capsys):
-    """Five characters that a terminal obeys: five signs in the error and in progress."""
-    folder = tmp_path / ESCAPES
-    folder.mkdir()
-    (folder / "bad.jsonl").write_bytes(GOOD + b"{")
-    with pytest.raises(UserError) as error:
-        load_pairs(folder / "bad.jsonl")
-    name = f"{tmp_path}/a\ufffdb\ufffd[31m\ufffd\ufffd\ufffd".replace("/", os.sep)
-    assert str(error.value).startswith(f"{name}{os.sep}bad.jsonl:2: expected one JSON object")
-    assert str(error.value).isprintable()
+    """Five characters that a terminal obeys: five signs in the error and in what is printed."""
+    (tmp_path / ESCAPES).mkdir()
+    path = tmp_path / ESCAPES / "pairs.jsonl"
+    path.write_bytes(GOOD + b"{")
     monkeypatch.setattr(preferences, "SECONDS", 0)
-    (folder / "good.jsonl").write_bytes(GOOD)
-    load_pairs(folder / "good.jsonl")
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"  {name}{os.sep}good.jsonl: 1 pairs, ")
-    assert printed[:-1].isprintable()
-
-
-@pytest.mark.parametrize("record", [
-    row([ESCAPES]), row([message(ESCAPES, "x")]), row([message("user", [{"type": ESCAPES}])]),
-    row([message("user", [{"type": "text", "text": "a", ESCAPES: 1}])]),
-    row("a", "b", "c", chosen_value=ESCAPES),
-])
-def test_escapes_of_a_row_stay_in_the_row(record):
     with pytest.raises(UserError) as error:
-        parse_pair(record)
-    assert str(error.value).isprintable() and "a\\nb" in str(error.value)
+        load_pairs(path)
+    load_pairs(path, skip_bad=True)
+    name = f"{tmp_path}/a\ufffdb\ufffd[31m\ufffd\ufffd\ufffd/pairs.jsonl".replace("/", os.sep)
+    assert str(error.value).startswith(f"{name}:2: expected one JSON object")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"  {name}: 1 rows, ") and printed.replace("\n", "").isprintable()
 
 
 @pytest.mark.slow
-def test_memory_of_a_long_file(tmp_path):
+@pytest.mark.parametrize("container", ["{}\n", "[{}]"])
+def test_memory_of_a_long_file(tmp_path, container):
     """4,000 pairs of about 960 bytes and 700 ids: the text takes 1.1 times its bytes and never
-    twice; an id takes 8 bytes, since equal ids are one int (an int for each: 40)."""
-    path, generator = tmp_path / "pairs.jsonl", torch.Generator().manual_seed(0)
+    twice, in an array plus two chunks; an id takes 8 bytes, since equal ids are one int."""
+    path, generator = tmp_path / "pairs", torch.Generator().manual_seed(0)
     words = torch.randint(100, 1000, (4000, 3, 40), generator=generator).tolist()
     texts = [[" ".join(f"word{i}" for i in part) for part in pair] for pair in words]
-    path.write_text("".join(json.dumps(row(*pair)) + "\n" for pair in texts), encoding="utf-8")
+    rows = (json.dumps(row(*pair)) for pair in texts)
+    path.write_text(container.format((", " if "[" in container else "\n").join(rows)))
     tokenizer = learn_tokenizer([Example(" ".join(map(str, range(100, 1000))), "word")], 700)
     tracemalloc.start()
     pairs = load_pairs(path)
@@ -292,32 +346,31 @@ def test_memory_of_a_long_file(tmp_path):
     ids = encode(pairs, tokenizer, 2000)[1]
     both, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert pairs == [Pair(*pair) for pair in texts] and peak < 1.5 * path.stat().st_size
+    chunks = 3 * preferences.CHUNK * ("[" in container)
+    assert pairs == [Pair(*pair) for pair in texts] and peak < 1.5 * path.stat().st_size + chunks
     count = sum(len(part) for pair in ids for part in pair[:3])
     assert 8 < (both - text) / count < 9 and count > 4000 * 500
 
 
 def test_progress(tmp_path, monkeypatch, capsys):
-    """A clock that goes on by a second at every look, 3 seconds between two lines: of 7 pairs the
-    third and the sixth print one. While the clock stands still, nothing is printed."""
+    """A clock that goes on by a second at every look, 3 seconds between two lines: of 7 rows, and
+    of 7 merges, the third and the sixth print one. While the clock stands still, none does."""
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(GOOD * 7)
-    examples = [Example("a", "b")] * 7
-    tokenizer = learn_tokenizer(examples, 257)
     monkeypatch.setattr(preferences, "time", SimpleNamespace(perf_counter=lambda: 2.5))
-    encode(preferences.counted(examples, "tokenised"), tokenizer, 64)
-    assert len(load_pairs(path)) == 7 and capsys.readouterr().out == ""
+    load_pairs(path)
+    assert " rows, " not in capsys.readouterr().out
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
     monkeypatch.setattr(preferences, "time", clock)
-    assert len(load_pairs(path)) == 7
-    assert capsys.readouterr().out == (f"  {path}: 3 pairs, 1 pairs/s\n"
-                                       f"  {path}: 6 pairs, 1 pairs/s\n")
-    assert len(encode(preferences.counted(examples, "tokenised"), tokenizer, 64)[1]) == 7
-    assert capsys.readouterr().out == ("  tokenised: 3 examples, 1 examples/s\n"
-                                       "  tokenised: 6 examples, 1 examples/s\n")
+    load_pairs(path)
+    assert capsys.readouterr().out.startswith(f"  {path}: 3 rows, 1 rows/s\n"
+                                              f"  {path}: 6 rows, 1 rows/s\n{path}: 7 pairs")
+    learn_tokenizer([Example("abcdefgh", "ijkl")], 264)
+    assert capsys.readouterr().out == ("  vocabulary: 3 merges, 1 merges/s\n"
+                                       "  vocabulary: 6 merges, 1 merges/s\n")
 
 
-# --- splits --------------------------------------------------------------------------------------
+# --- splits and the vocabulary -------------------------------------------------------------------
 
 def test_split_pairs_by_prompt():
     """20 pairs on 10 prompts: 4 test and 2 validation pairs, whole prompts only, the rest to train;
@@ -332,5 +385,39 @@ def test_split_pairs_by_prompt():
     assert splits != split_pairs(pairs, 0, 2, 4, seed=1)
     assert len(split_pairs(pairs, 5, 2, 4, seed=0).train) == 5
     for sizes in ((0, 10, 10), (15, 2, 4), (0, 1, 19)):
-        with pytest.raises(UserError, match="expected"):
+        with pytest.raises(UserError, match="got 20 pairs with 10 different prompts, each of"):
             split_pairs(pairs, *sizes, seed=0)
+    with pytest.raises(UserError, match="got 12 pairs with 1 different prompts, each of which"):
+        split_pairs([Pair("Write a poem.", f"{i}", "no") for i in range(12)], 0, 2, 2, seed=0)
+
+
+def test_a_prompt_stays_on_one_side_however_it_is_spelled():
+    """Five spellings of one prompt, in NFC and NFD, full width, another case, other white space:
+    held out together. A prompt of a million combining marks takes no minutes."""
+    same = ["Café?", "Cafe\u0301?", "Ｃａｆé？", " CAFÉ?\n", "\u3000café? "]
+    pairs = [Pair(prompt, "b", "c") for prompt in [*same, "Tea?", "e" + "\u0301\u0327" * 500_000]]
+    for seed in range(5):
+        splits = split_pairs(pairs, 0, 1, 1, seed)
+        assert sorted(sum(pair.prompt in same for pair in part) for part in splits[1:]) == [0, 0, 5]
+
+
+def test_learned_vocabulary_is_that_of_the_slow_way():
+    """Count every pair of neighbours anew, join the most frequent one (of two, the one met first in
+    the course of learning), again and again: the same tokens in the same order."""
+    text = " ".join(f"{a}{b * 3}ab{a}" for a, b in itertools.product("aabbc日é", "abcd"))
+    pieces = [[bytes([b]) for b in piece.encode()] for piece in re.findall(PIECES, text + "\n")]
+    met, expected, counts = {}, [], True
+    while counts:
+        counts = Counter(pair for tokens in pieces for pair in zip(tokens, tokens[1:]))
+        for pair in counts:
+            met.setdefault(pair, len(met))
+        best = min(counts, key=lambda pair: (-counts[pair], met[pair]), default=())
+        expected += [b"".join(best)] * len(counts and [1])
+        for tokens in pieces:
+            for i in range(len(tokens) - 1):
+                if tuple(tokens[i:i + 2]) == best:
+                    tokens[i:i + 2] = [b"".join(best)]
+    tokenizer = learn_tokenizer([Example(text, "")], 10_000)
+    assert tokenizer.n_vocab == 257 + len(expected) and len(expected) > 60
+    assert [tokenizer.decode_single_token_bytes(256 + i)
+            for i in range(len(expected))] == expected
