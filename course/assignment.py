@@ -96,8 +96,8 @@ def main(arguments):
         print(__doc__)
         return 0
     if arguments:
-        print("course.assignment: expected no arguments, as in `python -m course.assignment > my_tvkd.py`, "
-              f"got {ascii(' '.join(arguments))[:200]}", file=sys.stderr)
+        print("course.assignment: expected no arguments, got "
+              f"{ascii(' '.join(arguments))[:200]}; write `... > my_tvkd.py`", file=sys.stderr)
         return 2
     sys.stdout.write(exercise((ROOT / "tvkd.py").read_text(encoding="utf-8")))
     return 0

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 import types
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,7 @@ from data import printable
 
 GRADED_FILES = ("test_tvkd.py", "test_hidden.py", "test_shaping_invariance.py")
 KINDS = ("equation", "robustness")
-SECONDS = 20                    # for one call, which needs a thousandth of it
+SECONDS, ALL_SECONDS = 20, 300  # for one call, which needs a thousandth of it, and for all calls
 NOT_JUDGED = "robustness is judged once the equation is right"
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -85,6 +86,7 @@ class Student:
 
     def __init__(self, path, names, reference):
         self.path, self.names, self.reference, self.process = path, names, reference, None
+        self.seconds = 0.0                      # that its calls took so far
         try:
             self.source = importlib.util.decode_source(path.read_bytes())
         except (OSError, SyntaxError, UnicodeDecodeError) as error:
@@ -104,6 +106,7 @@ class Student:
             cwd=self.folder.name, env={**env, "OMP_NUM_THREADS": "1"}, start_new_session=True)
         self.peer = Peer(self.process.stdout, self.process.stdin)
         try:
+            self.limited(self.peer.receive, seconds=10 * SECONDS)
             answer = self.limited(self.peer.ask, ask="load", source=self.source, names=self.names)
             raise_error(answer)
             self.missing = [name for name in self.names if name not in answer["functions"]]
@@ -121,15 +124,18 @@ class Student:
             self.process = None
 
     def call(self, name, served, *args, **kwargs):
+        if self.seconds > ALL_SECONDS:
+            raise TimeoutError(f"the file took more than {ALL_SECONDS} seconds in all")
         if self.process is None:
             self.start()
         self.peer.functions = {other: getattr(self.reference, other) for other in served}
         return self.limited(self.peer.call, name, *args, request={"served": served}, **kwargs)
 
-    def limited(self, function, *args, **kwargs):
+    def limited(self, function, *args, seconds=None, **kwargs):
         """A call in its process; TimeoutError where it does not come back in time or at all."""
-        timer = threading.Timer(SECONDS, kill, (self.process,))
+        timer = threading.Timer(seconds or SECONDS, kill, (self.process,))
         timer.start()
+        start = time.monotonic()
         try:
             return function(*args, **kwargs)
         except (EOFError, OSError, json.JSONDecodeError):
@@ -141,6 +147,7 @@ class Student:
             raise TimeoutError(reason) from None
         finally:
             timer.cancel()
+            self.seconds += time.monotonic() - start
 
 
 class Grader:
@@ -159,7 +166,7 @@ class Grader:
             if target is not None:
                 remove_own(option, target)
         self.tests = {name: {kind: Tests() for kind in KINDS} for name in GRADED}
-        self.tested = TOGETHER
+        self.tested, self.problem = TOGETHER, None
         self.calls = {}                         # function -> its latest call in this test
         self.line = ""                          # where the latest exception came from
         self.unwritten, self.dead = set(), {}
@@ -268,28 +275,29 @@ class Grader:
 
     # --- reporting -----------------------------------------------------------------------------
 
-    def points(self, name, kind):
-        """(earned, available). Earned is None while nothing failed and not all tests have run."""
-        graded, tests = GRADED[name], self.tests[name]
-        available = graded.points if kind == "equation" else graded.robustness
-        if tests[kind].count == 0:
-            return 0, available
-        if kind == "robustness" and tests["equation"].failures:
-            return 0, available
-        before = [tests[k] for k in KINDS[:KINDS.index(kind) + 1]]
-        if not tests[kind].failures and any(t.ran < t.count for t in before):
-            return None, available
-        parts = tests[kind].parts.values()
-        return available * sum(map(all, parts)) // len(parts), available
+    def entry(self, name, kind):
+        """What is known of one kind of points. They are None while nothing failed and not all
+        tests have run."""
+        tests, before = self.tests[name][kind], self.tests[name]["equation"]
+        out_of = getattr(GRADED[name], "points" if kind == "equation" else kind)
+        judged = kind == "equation" or not before.failures
+        decided = not judged or bool(tests.failures) or all(
+            t.ran == t.count for t in (tests, before))
+        points, message = None, None
+        if decided:
+            whole = [all(passed) for passed in tests.parts.values()]
+            points = out_of * sum(whole) // max(1, len(whole)) if judged else 0
+        if tests.failures:
+            message = " ".join(f"{tests.most_telling.test}: {tests.most_telling.result}".split())
+        return {"points": points, "out_of": out_of, "judged": judged and decided,
+                "tests": tests.count, "passed": tests.passed,
+                "message": message if judged else NOT_JUDGED}
 
-    def is_judged(self, name, kind):
-        equation_failed = self.tests[name]["equation"].failures
-        return self.points(name, kind)[0] is not None and not (
-            kind == "robustness" and equation_failed)
+    def entries(self):
+        return {name: {kind: self.entry(name, kind) for kind in KINDS} for name in self.tests}
 
-    def total(self, kind):
-        earned, available = zip(*(self.points(name, kind) for name in self.tests))
-        return sum(points or 0 for points in earned), sum(available)
+    def total(self, kind, key="points"):
+        return sum(kinds[kind][key] or 0 for kinds in self.entries().values())
 
     def pytest_terminal_summary(self, terminalreporter, config):
         out, show_all = terminalreporter, config.get_verbosity() > 0
@@ -301,10 +309,15 @@ class Grader:
         out.section(f"points: {printable(self.path.name)}")
         for line in self.table():
             out.write_line(line)
+        if self.problem:
+            raise self.problem
 
     def pytest_sessionfinish(self, session):
         self.student.stop()
-        self.write()
+        try:
+            self.write()
+        except pytest.UsageError as error:
+            self.problem = error                # after the table, which is all that is left
 
     def pytest_unconfigure(self):
         self.student.stop()                     # after an error before the tests, too
@@ -339,27 +352,21 @@ class Grader:
         """The lines `function, points and tests of both kinds, remark`."""
         yield f"{'':24}{'equation':10}{'(tests)':>10}    {'robustness':10}{'(tests)':>10}"
         for name in self.tests if self.only is None else [self.only]:
-            cells = "".join(f"{self.cell(name, kind):24}" for kind in KINDS)
+            cells = "".join(f"{self.cell(**self.entry(name, kind)):24}" for kind in KINDS)
             yield f"{self.variant.names.get(name, name):24}{cells}{self.remark(name)}".rstrip()
         if self.complete:
-            equation, robustness = self.total("equation"), self.total("robustness")
-            both = f"{equation[0] + robustness[0]} of {equation[1] + robustness[1]} points"
-            columns = ["{:2} of {:2}".format(*pair) for pair in (equation, robustness)]
-            yield f"{'total':24}{columns[0]:24}{columns[1]:24}{both}"
+            pairs = [(self.total(kind), self.total(kind, "out_of")) for kind in KINDS]
+            columns = "".join(f"{'{:2} of {:2}'.format(*pair):24}" for pair in pairs)
+            yield f"{'total':24}{columns}{'{} of {} points'.format(*map(sum, zip(*pairs)))}"
         if any(self.tests[name]["equation"].failures for name in FUNCTIONS):
             yield f"not judged: {NOT_JUDGED}; until then it counts 0 points"
 
-    def cell(self, name, kind):
+    def cell(self, points, out_of, judged, tests, passed, **rest):
         """`" 2 of  4    (3 of 9)"`; "-" where the tests that ran do not decide the points."""
-        tests, (earned, available) = self.tests[name][kind], self.points(name, kind)
-        passed = f"({tests.passed} of {tests.count})"
-        if available == 0:
-            return ""
-        if earned is None:
-            return f"{' -':10}{passed:>10}"
-        if not self.is_judged(name, kind):
-            return "not judged"
-        return f"{f'{earned:2} of {available:2}':10}{passed:>10}"
+        if points is not None and not judged:
+            return "not judged" if out_of else ""
+        cell = " -" if points is None else f"{points:2} of {out_of:2}"
+        return f"{cell:10}{f'({passed} of {tests})':>10}" if out_of else ""
 
     def remark(self, name):
         left = sum(tests.count - tests.ran for tests in self.tests[name].values())
@@ -379,7 +386,7 @@ class Grader:
         """The files of --json and --gradescope, whole or not at all. error: why nothing ran."""
         for content, path in self.targets.items():
             if path is not None:
-                part = path.with_name(path.name + ".part")
+                part = path.with_name(f"{path.name}.{os.getpid()}")
                 try:
                     part.write_text(json.dumps(content(error), indent=1) + "\n", encoding="utf-8")
                     os.replace(part, path)
@@ -391,40 +398,23 @@ class Grader:
     def record(self, error):
         """Points by function and the message that tells most of each; null where the tests that
         ran do not decide them."""
-        (equation, _), (robustness, _) = self.total("equation"), self.total("robustness")
+        equation, robustness = (self.total(kind) for kind in KINDS)
         points = {"points": equation + robustness, "equation": equation, "robustness": robustness}
-        if not self.complete:
+        if not self.complete and not error:
             points = dict.fromkeys(points)
-        if error:
-            points = dict.fromkeys(points, 0)
-        record = {MARK: True, "file": self.path.name, "error": error,
-                  "complete": self.complete and not error,
-                  "out_of": sum(self.total(kind)[1] for kind in KINDS), **points, "functions": {}}
-        for name, kinds in self.tests.items():
-            record["functions"][name] = {kind: self.entry(name, kind) for kind in kinds}
-        return record
+        return {MARK: True, "file": self.path.name, "error": error,
+                "complete": self.complete and not error,
+                "out_of": sum(self.total(kind, "out_of") for kind in KINDS), **points,
+                "functions": self.entries()}
 
     def gradescope(self, error):
         """The results.json of that service: one test for each kind of each function."""
-        tests = []
-        for name, kinds in self.record(error)["functions"].items():
-            for kind, entry in kinds.items():
-                if entry["out_of"]:
-                    tests.append({"name": f"{name}: {kind}", "score": entry["points"] or 0,
-                                  "max_score": entry["out_of"], "output": entry["message"] or ""})
+        tests = [{"name": f"{name}: {kind}", "score": entry["points"] or 0,
+                  "max_score": entry["out_of"], "output": entry["message"] or ""}
+                 for name, kinds in self.entries().items() for kind, entry in kinds.items()
+                 if entry["out_of"]]
         return {"score": sum(test["score"] for test in tests), "output": error or "",
                 "extra_data": {MARK: True}, "tests": tests}
-
-    def entry(self, name, kind):
-        tests, (earned, available) = self.tests[name][kind], self.points(name, kind)
-        judged, message = self.is_judged(name, kind), None
-        if tests.failures:
-            failure = tests.most_telling
-            message = f"{failure.test}: {' '.join(failure.result.split())}"
-        if not judged and earned is not None:
-            message = NOT_JUDGED
-        return {"points": earned, "out_of": available, "judged": judged, "tests": tests.count,
-                "passed": tests.passed, "message": message}
 
 
 MARK = "graded by course/grader.py"

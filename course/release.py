@@ -10,12 +10,11 @@ functions. Grade with the whole repository and the same number:
     python -m pytest -q --impl=THEIRS --variant=2 --json=points.json
 """
 
-import ast
 import shutil
 import sys
 from pathlib import Path
 
-from course.assignment import FUNCTIONS, ROOT
+from course.assignment import ROOT
 from course.variants import MY, Variant
 from data import printable
 
@@ -38,14 +37,11 @@ python train.py                             # with all ten written, the program 
 
 `tvkd.py` lets the rest of the program call your functions; leave it alone. Your instructor grades
 with more tests than these. The other exercises are in [course/exercises.md](course/exercises.md);
-they call the functions by the names on the left.
-
-| in the exercises | in `my_tvkd.py` |
-|---|---|
-{names}
+they call the functions by their names without a number.
 """
-UNLIKE = """ Where a docstring says "UNLIKE THE EQUATIONS ABOVE", do as it says.
-The tests show numbers in the equations' convention, and the input as your function got it."""
+UNLIKE = """ Where a docstring says
+"UNLIKE THE EQUATIONS ABOVE", do as it says. The tests show numbers in the equations' convention,
+and the input as your function got it."""
 
 
 def stubs(variant):
@@ -72,9 +68,8 @@ def write(folder, key, number):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
     assignment = (ROOT / "course" / "assignment.py").read_text(encoding="utf-8")
-    names = "\n".join(f"| `{ours}` | `{theirs}` |" for ours, theirs in variant.names.items())
     for path, text in {
-            folder / "README.md": README.format(names=names, unlike=UNLIKE if number else ""),
+            folder / "README.md": README.format(unlike=UNLIKE if number else ""),
             folder / "tvkd.py": variant.adapter_source(),
             folder / f"{MY}.py": stubs(variant),
             folder / "course" / "assignment.py": assignment.replace("\nVARIANT = 0 ",
@@ -83,19 +78,6 @@ def write(folder, key, number):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     shutil.copyfile(ROOT / "course" / "answers.md", key / "answers.md")
-    check(folder)
-
-
-def check(folder):
-    """No file of the release may contain a body of tvkd.py."""
-    tree = ast.parse((ROOT / "tvkd.py").read_text(encoding="utf-8"))
-    bodies = {node.name: "\n".join(map(ast.unparse, node.body[1:])) for node in tree.body
-              if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS}
-    for path in folder.rglob("*.py"):
-        text = ast.unparse(ast.parse(path.read_text(encoding="utf-8"))).replace("    ", "")
-        for name, body in bodies.items():
-            if body.replace("    ", "") in text:
-                raise ValueError(f"{path.relative_to(folder)} has the body of {name}")
 
 
 def main(arguments):

@@ -59,18 +59,6 @@ CHANGES = {
 # Neighbours have little in common, so that last year's file is of little use.
 VARIANTS = ((), ("cost", "alpha", "order"), ("gamma", "q_values", "surprisal"),
             ("cost", "q_values", "order"), ("gamma", "alpha", "surprisal", "q_values"))
-NAMES = {
-    "action_logps": ("logps_of_actions", "score_actions"),
-    "token_logps": ("logps_of_tokens", "score_tokens"),
-    "sequence_logps": ("logps_of_responses", "score_responses"),
-    "dpo_loss": ("preference_loss", "pair_loss"),
-    "soft_value": ("raw_value", "free_value"),
-    "implicit_value": ("value_of_logratios", "prefix_value"),
-    "shaping": ("psi_rows", "step_psi"),
-    "tvkd_loss": ("shaped_preference_loss", "shaped_pair_loss"),
-    "kd_loss": ("distillation_loss", "divergence_loss"),
-    "nll_loss": ("likelihood_loss", "imitation_loss"),
-}
 
 
 def filled(line, indent):
@@ -82,7 +70,7 @@ class Variant:
         self.number = number
         chosen = VARIANTS[(number - 1) % (len(VARIANTS) - 1) + 1] if number else ()
         self.changes = [change for name in chosen for change in CHANGES[name]]
-        self.names = {name: NAMES[name][number % 2] if number else name for name in FUNCTIONS}
+        self.names = {name: f"{name}{number or ''}" for name in FUNCTIONS}
         source = (ROOT / "tvkd.py").read_text(encoding="utf-8")
         self.signatures = {node.name: node.args for node in ast.parse(source).body
                            if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS}
@@ -177,5 +165,5 @@ class Variant:
         text = "\n".join(lines) + "\n"
         for ours, theirs in self.names.items():         # not the word "shaping" of a sentence
             text = re.sub(rf"(?<=[`=]){ours}\b", theirs, text)
-            text = re.sub(rf"(?m)^#     {ours} +(?=\d+ )", f"#     {theirs:23}        ", text)
+            text = re.sub(rf"(?m)^#     {ours}  ?", f"#     {theirs} ", text)
         return text

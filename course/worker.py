@@ -187,6 +187,7 @@ def main():
     limit_memory()
     peer = Graded(*pipe)
     with contextlib.suppress(EOFError, BrokenPipeError):
+        peer.send({"ready": True})                      # torch is imported, which may take long
         while True:
             peer.send(peer.answer(peer.receive()))
 

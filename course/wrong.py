@@ -46,7 +46,7 @@ MISTAKES = {name: Mistake(*mistake) for name, mistake in {
                         "F.pad(mask, (1, 0))[:, :-1].bool()"),
     "eos_unscored": ("sequence_logps", E, "EOS is not scored", "mask.bool()",
                      "mask.bool() & F.pad(mask, (0, 1))[:, 1:].bool()"),
-    "one_sum_for_all": ("sequence_logps", E, "one sum for all rows", ".sum(-1)",
+    "one_sum_for_all": ("sequence_logps", E, "the rows are added up", ".sum(-1)",
                         ".sum().expand(len(logps))"),
     "mask_times": ("sequence_logps", R, "got [nan]", "torch.where(mask.bool(), logps, 0.0)",
                    "(logps * mask)"),

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The modules that make weights, values and numbers, and what they import outside of harness/:
 # edits to them count.
 SOURCES = ("tvkd", "model", "data", "train", "harness.steps", "harness.sampling",
-           "harness.evaluate", "harness.numbers", "harness.psi")
+           "harness.evaluate", "harness.numbers", "harness.psi", "harness.tokenizers")
 OUTSIDE = "code outside of definitions"         # as torch.set_default_dtype(...): it reaches all
 
 

@@ -120,7 +120,7 @@ def test_sequence_logps_is_a_sum():
         "the mean over all columns": [-1.75, -3.75, -1],
         "the mask is one column too far right": [-13, -9, -10],
         "the mask is one column too far left": [-3, -13, 0],
-        "one sum for all rows": [-26, -26, -26], **mixed([-7, -15, -4])})
+        **mixed([-7, -15, -4])})
     (total * t(1, 2, 3)).sum().backward()
     close(logps.grad, [[0, 1, 1, 0], [0, 0, 2, 2], [3, 0, 0, 0]])
 
@@ -209,6 +209,7 @@ def test_dpo_by_hand():
         **mixed(right), "chosen and rejected are swapped, or the sign": losses(-LN2, LN3, 0),
         "beta is not applied": losses(LN4, -2 * LN3, 0),
         "beta is applied twice": losses(LN2 / 2, -LN3 / 2, 0),
+        "divided by beta": losses(2 * LN4, -4 * LN3, 0),
         "the rejected response is not read": losses(LN2 / 2, -LN3 / 2, LN5 / 2),
         "ref_rejected has the wrong sign, brackets are missing": losses(5 + LN2, 2 - LN3, 7),
         "the reference is not subtracted": losses(1 + LN2, -1 - LN3, .5),
@@ -324,6 +325,8 @@ def test_implicit_value_by_hand():
         "the prompt is counted: mask the log-ratios before they are added up":
             [[0, 0, 22, 16, 0], [0, 0, 0, 4, 8], [0, 6, 0, 0, 0]],
         "the values are one state early": [[0, 4, -2, -2, 0], [0, 0, 10, 14, 0], [6, 6, 6, 6, 0]],
+        "the values are one state early, and the last one stands twice":
+            [[0, 4, -2, -2, -2], [0, 0, 10, 14, 14], [6, 6, 6, 6, 6]],
         "beta is not applied": [[0, 0, 2, -1, -1], [0, 0, 0, 5, 7], [0, 3, 3, 3, 3]],
         "beta is applied twice": [[0, 0, 8, -4, -4], [0, 0, 0, 20, 28], [0, 12, 12, 12, 12]],
         "each state has its own log-ratio, not the sum so far":
@@ -426,8 +429,8 @@ def test_shaping_of_three_rows(terminal, psi, mistakes):
 def random_rows(seed, rows=6, width=9):
     """Random values with response masks of every kind: at the left edge, at the right, one token,
     all tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(rows, width + 1, generator=generator, dtype=torch.double)
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, width + 1, generator=draw, dtype=torch.double)
     mask = torch.zeros(rows, width).bool()
     spans = ((0, width), (0, 1), (width - 1, width), (3, 7), (2, 3), (4, width))
     for row, (start, end) in zip(mask, spans):
@@ -645,19 +648,15 @@ def test_nll_of_garbage_padding():
 
 # --- masks --------------------------------------------------------------------------------------
 
-def steps(*values):
-    return t(*values).view(1, len(values))
-
-
 MASKS = [
-    ("sequence_logps", lambda mask: sequence_logps(steps(-1, -2, -4), mask), [-5]),     # -1 - 4
-    ("implicit_value", lambda mask: implicit_value(steps(2, 5, 3), steps(1, 1, 1), mask, 1.0),
+    ("sequence_logps", lambda mask: sequence_logps(t([-1, -2, -4]), mask), [-5]),     # -1 - 4
+    ("implicit_value", lambda mask: implicit_value(t([2, 5, 3]), t([1, 1, 1]), mask, 1.0),
      [[0, 1, 1, 3]]),
-    ("shaping", lambda mask: shaping(steps(2, 5, 3, 4), mask), [[3, 0, 1]]),            # 5-2, 4-3
-    ("shaping", lambda mask: shaping(steps(2, 5, 3, 4), mask, 1.0, "zero"), [[3, 0, -3]]),    # 0-3
+    ("shaping", lambda mask: shaping(t([2, 5, 3, 4]), mask), [[3, 0, 1]]),            # 5-2, 4-3
+    ("shaping", lambda mask: shaping(t([2, 5, 3, 4]), mask, 1.0, "zero"), [[3, 0, -3]]),    # 0-3
     ("kd_loss", lambda mask: kd_loss(torch.zeros(1, 4, 2), t(0, LN3).repeat(1, 4, 1), mask),
      .75 * LN3 - LN2),
-    ("nll_loss", lambda mask: nll_loss(steps(-1, -9, -4), mask), 2.5),                  # (1 + 4)/2
+    ("nll_loss", lambda mask: nll_loss(t([-1, -9, -4]), mask), 2.5),                  # (1 + 4)/2
 ]
 
 

@@ -303,6 +303,7 @@ def test_keep_alone(tmp_path):
     """Computed once; again for another argument, seed or setting of the machine, and in all
     processes where one of them has no such file. It holds the folder until it is closed."""
     cache = Keep(tmp_path, CPU, quiet=True)
+    assert cache.common.keys() == {"torch", "device", "threads", "processes"}
     for cache.seed, threads, x, by, text, agree, times in (
             (0, 1, 1.5, 1.0, "a", bool, 1), (0, 1, 1.5, 1.0, "a", bool, 0),
             (0, 1, 2.5, 1.0, "a", bool, 1), (0, 1, 2.5, 2.0, "a", bool, 1),

@@ -71,8 +71,8 @@ def test_results(default_run):
     results = json.loads((default_run.out / "results.json").read_text(encoding="utf-8"))
     assert results["config"]["alpha"] == 1.0 and results["made"]["torch"] == torch.__version__
     stages = ("teacher-sft", "teacher-ref-logps", "ref-logps", "teacher-answers", "values-implicit",
-              "values-logits", *LABELS, *(f"{label}.row" for label in LABELS),
-              *(f"{label}.psi" for label in LABELS[-2:]))
+              "values-logits", "implicit.psi", "logits.psi", *LABELS,
+              *(f"{label}.row" for label in LABELS))
     assert {path.name for path in (default_run.out / "seed0").iterdir()} == {
         "tokenizer.tiktoken", *map(keep.file_of, stages)}
 
