@@ -33,7 +33,8 @@ l the rejected one; phi marks the teacher; "log-ratio" is log pi(y|x) - log pi_r
 Log-probs and losses are in nats; values, potentials, psi and rewards in beta * nats.
 
 Half-precision logits are raised to float32, float64 stays. If the shapes of two arguments do not
-match, a function raises ValueError with the expected shape and the one it got.
+match, a function raises ValueError with the expected shape and the one it got. No argument is
+written into. Gradients reach policy and student; where a docstring is silent, they may go anywhere.
 """
 
 import torch
@@ -57,7 +58,8 @@ def _at_least_float32(logits):
 def action_logps(logits, actions):
     """log pi(a|s) = logits[a] - logsumexp(logits), for one action in each state.
 
-    logits (..., V), actions (...) ids -> (...) nats. Training passes response states only: (n, V).
+    logits (..., V), with gradient, actions (...) ids -> (...) nats. Training passes response states
+    only: (n, V).
     """
     _expect_shape(logits.shape[:-1], actions=actions)
     logits = _at_least_float32(logits)
@@ -68,7 +70,8 @@ def action_logps(logits, actions):
 def token_logps(logits, tokens):
     """log pi(a_t|s_t) of every action: `action_logps` of whole rows, padding included.
 
-    logits (B, T+1, V), tokens (B, T+1) ids -> (B, T) nats.
+    logits (B, T+1, V), with gradient, tokens (B, T+1) ids -> (B, T) nats. The last state has no
+    action. In padding all logits of a state may be -inf; its gradient is 0 then, never NaN.
 
     Example: tokens [7, 8, 9] give log p(8 | 7) from logits[:, 0] and log p(9 | 7, 8) from
     logits[:, 1].
@@ -84,7 +87,8 @@ def token_logps(logits, tokens):
 def sequence_logps(logps, mask):
     """log pi(y|x): the SUM over response tokens. A mean would be another loss with another beta.
 
-    logps (B, T) nats, mask (B, T) -> (B,) nats. Outside the mask anything may stand, NaN too.
+    logps (B, T) nats, with gradient, mask (B, T) -> (B,) nats. Outside the mask anything may stand,
+    NaN too; inside it -inf stays -inf.
     """
     _expect_shape(logps.shape, mask=mask)
     return torch.where(mask.bool(), logps, 0.0).sum(-1)     # where, not *: 0 * NaN is NaN
@@ -165,8 +169,9 @@ def implicit_value(teacher_logps, teacher_ref_logps, mask, beta):
 def shaping(values, mask, gamma=1.0, terminal="value"):
     """psi of every action: values (B, T+1), mask (B, T) -> (B, T), 0 outside the mask.
 
-    No gradient flows to the values. Only the states s_p to s_end of each row are read, and s_end
-    is located by the mask, so padding of any width and content changes nothing. Raises ValueError
+    `terminal` sets Phi(s_end): "zero" 0, "hold" Phi of the state before it, "value" its value. No
+    gradient flows to the values. Only the states s_p to s_end of each row are read, and s_end is
+    located by the mask, so padding of any width and content changes nothing. Raises ValueError
     for another `terminal` and for a row without a response token.
 
     Example: values (2, 5, 3, 4), mask (1, 1, 1), gamma 1 give (3, -2, -3) with "zero",
@@ -206,10 +211,10 @@ def tvkd_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, psi_chos
               beta, alpha):
     """The TVKD loss of each pair: sequence log-probs (B,) in nats, summed psi (B,) -> (B,) nats.
 
-    psi is a constant of the data: no gradient reaches it, and alpha (psi_w - psi_l) is a margin
-    offset of ODPO's form. The gradient weighs a pair by sigmoid(alpha dpsi - beta dlogratio),
-    where dx = x_chosen - x_rejected. At the same policy that is more than DPO's weight exactly
-    where alpha dpsi > 0. alpha = 0 is DPO.
+    psi is a constant of the data: no gradient reaches it, nor the reference. alpha (psi_w - psi_l)
+    is a margin offset of ODPO's form. The gradient weighs a pair by sigmoid(alpha dpsi - beta
+    dlogratio), where dx = x_chosen - x_rejected. At the same policy that is more than DPO's weight
+    exactly where alpha dpsi > 0. alpha = 0 is DPO.
     """
     _expect_shape(policy_chosen.shape, psi_chosen=psi_chosen, psi_rejected=psi_rejected)
     margin = _reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
@@ -224,8 +229,9 @@ def tvkd_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, psi_chos
 def kd_loss(student_logits, teacher_logits, mask):
     """KL(teacher || student), summed over the vocabulary, averaged over response states -> nats.
 
-    student_logits, teacher_logits (B, T+1, V), mask (B, T). No gradient reaches the teacher.
-    Two sizes of V (two vocabularies) and an empty mask are refused.
+    student_logits, teacher_logits (B, T+1, V), mask (B, T). No gradient reaches the teacher. The
+    last state is dropped: nothing is chosen there. A teacher's probability may be 0. Two sizes of V
+    (two vocabularies) and an empty mask are refused.
     """
     _expect_shape(student_logits.shape, teacher_logits=teacher_logits)
     _expect_shape((student_logits.shape[0], student_logits.shape[1] - 1), mask=mask)

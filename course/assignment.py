@@ -4,7 +4,7 @@
     python -m pytest -q --impl=my_tvkd.py           its points (course/grader.py)
 
 The docstrings, the equations between the functions and the helpers that check arguments stay.
-Comments inside a body go with the body.
+Comments inside a body go with the body. course/release.py makes a folder for students of it.
 """
 
 import ast
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+VARIANT = 0                     # of this folder; course/release.py writes another number
 
 
 class Graded(NamedTuple):
@@ -36,29 +37,34 @@ FUNCTIONS = {
     "kd_loss": Graded("mean over response states of KL(teacher || student)", 2),
     "nll_loss": Graded("mean over response tokens of -log pi(a_t|s_t)", 1),
 }
-TOGETHER = "all together"       # tests of several functions, one after another; no points
+TOGETHER = "all together"       # tests of several functions, one after another
+GRADED = {**FUNCTIONS, TOGETHER: Graded("", 2, 0)}
 KEPT_HELPERS = ("_expect_shape", "_at_least_float32", "_non_empty")     # others give too much away
 
 HEADER = """\
 # Exercise: write the {count} functions below. Each docstring says what goes in and what comes out.
 #
 #     python -m pytest -q --impl=FILE                        FILE: this file
-#     python -m pytest -q --impl=FILE --function=kd_loss     the tests of one function
+#     python -m pytest -q --impl=FILE --function=NAME        the tests of one function
 #     python -m pytest -v --impl=FILE                        every failure, not one per function
 #
-# A function earns its points for the equation if all tests of the equation pass. Then robustness
-# is judged: it earns those points if all tests of robustness pass.
+# A function earns its points for the equation if all tests of the equation pass; `shaping`
+# earns one each for psi along the way, gamma, `terminal`, and rows of different lengths. Then
+# robustness is judged: it earns those points if all tests of robustness pass.
 # Robust means, where it applies:
 #   - Half-precision logits are raised to float32, and float64 stays float64.
 #   - Shapes that do not match, an unknown `terminal` and a missing response raise ValueError.
 #     Only the type counts, not the text.
-#   - No gradient reaches the reference, the teacher, the values or psi.
+#   - Gradients reach the policy or student and nothing else: not the reference, the teacher, the
+#     values or psi, even where these come with a graph.
+#   - No argument is written into.
 #   - Padding may hold anything, NaN and inf too. It changes neither the result nor a gradient.
+#     Inside the response, -inf and NaN stay what they are.
 #   - `mask` may be bool, or 0 and 1 of any type.
 #   - Nothing overflows: a margin of -900 gives a loss of 900, logits of 1000 and -1000 a finite
 #     value, and a probability of 0 is allowed.
 #
-#     function         equation   robustness
+#     function                equation   robustness
 {table}
 """
 
@@ -80,10 +86,22 @@ def exercise(source):
 
 
 def table():
-    rows = [(name, graded.points, graded.robustness) for name, graded in FUNCTIONS.items()]
+    rows = [(name, graded.points, graded.robustness) for name, graded in GRADED.items()]
     rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    return "\n".join(f"#     {name:16}{points:9}{robust:13}" for name, points, robust in rows)
+    return "\n".join(f"#     {name:23}{points:9}{robust:13}" for name, points, robust in rows)
+
+
+def main(arguments):
+    if arguments == ["--help"]:
+        print(__doc__)
+        return 0
+    if arguments:
+        print("course.assignment: expected no arguments, got "
+              f"{ascii(' '.join(arguments))[:200]}; write `... > my_tvkd.py`", file=sys.stderr)
+        return 2
+    sys.stdout.write(exercise((ROOT / "tvkd.py").read_text(encoding="utf-8")))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.write(exercise((ROOT / "tvkd.py").read_text(encoding="utf-8")))
+    sys.exit(main(sys.argv[1:]))

@@ -4,13 +4,15 @@
     python -m course.wrong plus > plus.py       tvkd.py with that mistake
     python -m pytest -q --impl=plus.py          what a student would read
 
-A mistake is the body of one function; all else is tvkd.py's. tests/system/test_courses.py grades
+A mistake is a change of one function; all else is tvkd.py's. tests/system/test_courses.py grades
 them all: each loses points of its own function only, and the message names the mistake.
+tests/test_hidden.py compares with the naive file, and names a mistake by the numbers it gives.
 """
 
 import ast
 import sys
 import textwrap
+import types
 from typing import NamedTuple
 
 from course.assignment import ROOT
@@ -20,145 +22,120 @@ class Mistake(NamedTuple):
     function: str
     kind: str                   # "equation", or "robustness" where the equation's points stay
     message: str                # a part of the message that a student reads first
-    body: str
+    right: str                  # in the function's body, and what takes its place
+    wrong: str
 
 
-MISTAKES = {
-    "no_logsumexp": Mistake("action_logps", "equation", "without - logsumexp", """
-        return logits.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    """),
-    "half_precision": Mistake("action_logps", "robustness", "expected torch.float32", """
-        return logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-    """),
-    "no_shift": Mistake("token_logps", "equation", "no shift", """
-        return action_logps(logits[:, 1:], tokens[:, 1:])
-    """),
-    "nan_through_padding": Mistake("token_logps", "robustness", "[[nan, nan, nan", """
-        _expect_shape(logits.shape[:2], tokens=tokens)
-        return action_logps(logits[:, :-1], tokens[:, 1:])
-    """),
-    "mean_for_sum": Mistake("sequence_logps", "equation", "the mean over response tokens", """
-        return (logps * mask).sum(-1) / mask.sum(-1)
-    """),
-    "mask_off_by_one": Mistake("sequence_logps", "equation", "one column too far right", """
-        return (logps[:, 1:] * mask[:, :-1]).sum(-1)
-    """),
-    "eos_unscored": Mistake("sequence_logps", "equation", "EOS is not scored", """
-        return (logps[:, :-1] * mask[:, 1:] * mask[:, :-1]).sum(-1)
-    """),
-    "mask_times": Mistake("sequence_logps", "robustness", "got [nan]", """
-        return (logps * mask).sum(-1)
-    """),
-    "swapped": Mistake("dpo_loss", "equation", "chosen and rejected are swapped", """
-        chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-        return -F.logsigmoid(beta * (rejected - chosen))
-    """),
-    "beta_twice": Mistake("dpo_loss", "equation", "beta is applied twice", """
-        chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-        return -F.logsigmoid(beta * (beta * chosen - beta * rejected))
-    """),
-    "no_reference": Mistake("dpo_loss", "equation", "the reference is not subtracted", """
-        return -F.logsigmoid(beta * (policy_chosen - policy_rejected))
-    """),
-    "reference_added": Mistake("dpo_loss", "equation", "the reference is added", """
-        chosen, rejected = policy_chosen + ref_chosen, policy_rejected + ref_rejected
-        return -F.logsigmoid(beta * (chosen - rejected))
-    """),
-    "missing_brackets": Mistake("dpo_loss", "equation", "ref_rejected has the wrong sign", """
-        ratio = policy_chosen - ref_chosen - policy_rejected - ref_rejected
-        return -F.logsigmoid(beta * ratio)
-    """),
-    "reference_not_detached": Mistake("dpo_loss", "robustness", "no gradient of reference", """
-        chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-        return -F.logsigmoid(beta * (chosen - rejected))
-    """),
-    "log_of_sigmoid": Mistake("dpo_loss", "robustness", "mistake: log(sigmoid(x))", """
-        chosen = policy_chosen - ref_chosen.detach()
-        rejected = policy_rejected - ref_rejected.detach()
-        return -torch.log(torch.sigmoid(beta * (chosen - rejected)))
-    """),
-    "log_softmax_first": Mistake("soft_value", "equation", "log_softmax before logsumexp", """
-        return beta * logits.log_softmax(-1).logsumexp(-1)
-    """),
-    "divided_by_beta": Mistake("soft_value", "equation", "logits are already Q/beta", """
-        return beta * (logits / beta).logsumexp(-1)
-    """),
-    "overflow": Mistake("soft_value", "robustness", "exp overflows", """
-        return beta * torch.log(torch.exp(_at_least_float32(logits)).sum(-1))
-    """),
-    "prompt_scored": Mistake("implicit_value", "equation", "prompt and padding are counted", """
-        return beta * F.pad((teacher_logps - teacher_ref_logps).cumsum(-1), (1, 0))
-    """),
-    "one_state_early": Mistake("implicit_value", "equation", "one state early", """
-        return beta * F.pad(((teacher_logps - teacher_ref_logps) * mask).cumsum(-1), (0, 1))
-    """),
-    "gamma_on_wrong_state": Mistake("shaping", "equation", "gamma is on Phi(s_t)", """
-        last = mask & ~F.pad(mask, (0, 1))[:, 1:]
-        potential, following = values[:, :-1], values[:, 1:]
-        end = {"zero": potential * 0, "hold": potential, "value": following}[terminal]
-        return (torch.where(last, end, following) - gamma * potential) * mask
-    """),
-    "hold_without_gamma": Mistake("shaping", "equation", "gamma belongs on Phi(s_end), too", """
-        last = mask & ~F.pad(mask, (0, 1))[:, 1:]
-        psi = gamma * values[:, 1:] - values[:, :-1]
-        end = {"zero": -values[:, :-1], "hold": psi * 0, "value": psi}[terminal]
-        return torch.where(last, end, psi) * mask
-    """),
-    "held_too_early": Mistake("shaping", "equation", "read one state too early", """
-        last = mask & ~F.pad(mask, (0, 1))[:, 1:]
-        potential, following = values[:, :-1], values[:, 1:]
-        held = F.pad(potential, (1, 0))[:, :-1]
-        end = {"zero": potential * 0, "hold": held, "value": following}[terminal]
-        return (gamma * torch.where(last, end, following) - potential) * mask
-    """),
-    "terminal_from_padding": Mistake("shaping", "equation", "taken from the last column", """
-        phi = values.clone()
-        phi[:, -1] = {"zero": phi[:, -1] * 0, "hold": phi[:, -2], "value": phi[:, -1]}[terminal]
-        return (gamma * phi[:, 1:] - phi[:, :-1]) * mask
-    """),
-    "terminal_ignored": Mistake("shaping", "equation", "`terminal` has no effect", """
-        return (gamma * values[:, 1:] - values[:, :-1]) * mask
-    """),
-    "plus": Mistake("tvkd_loss", "equation", "a plus before alpha", """
-        chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-        return -F.logsigmoid(beta * (chosen - rejected) + alpha * (psi_chosen - psi_rejected))
-    """),
-    "beta_on_psi": Mistake("tvkd_loss", "equation", "beta scales psi too", """
-        chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-        return -F.logsigmoid(beta * (chosen - rejected - alpha * (psi_chosen - psi_rejected)))
-    """),
-    "absolute_alpha": Mistake("tvkd_loss", "equation", "the sign of alpha is lost", """
-        _expect_shape(policy_chosen.shape, psi_chosen=psi_chosen, psi_rejected=psi_rejected)
-        margin = _reward_margin(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-        return -F.logsigmoid(margin - abs(alpha) * (psi_chosen - psi_rejected).detach())
-    """),
-    "psi_not_detached": Mistake("tvkd_loss", "robustness", "no gradient of psi", """
-        chosen = policy_chosen - ref_chosen.detach()
-        rejected = policy_rejected - ref_rejected.detach()
-        return -F.logsigmoid(beta * (chosen - rejected) - alpha * (psi_chosen - psi_rejected))
-    """),
-    "other_direction": Mistake("kd_loss", "equation", "the other direction", """
-        student = student_logits[:, :-1][mask].log_softmax(-1)
-        teacher = teacher_logits[:, :-1][mask].log_softmax(-1)
-        return (student.exp() * (student - teacher)).sum(-1).mean()
-    """),
-    "mean_over_vocabulary": Mistake("kd_loss", "equation", "mean over the vocabulary too", """
-        student = student_logits[:, :-1][mask].log_softmax(-1)
-        teacher = teacher_logits[:, :-1][mask].softmax(-1)
-        return F.kl_div(student, teacher, reduction="mean")
-    """),
-    "shifted_logits": Mistake("kd_loss", "equation", "the logits are shifted", """
-        student = student_logits[:, 1:][mask].log_softmax(-1)
-        teacher = teacher_logits[:, 1:][mask].log_softmax(-1)
-        return (teacher.exp() * (teacher - student)).sum(-1).mean()
-    """),
-    "mean_of_rows": Mistake("nll_loss", "equation", "the mean of the rows' means", """
-        return -((logps * mask).sum(-1) / mask.sum(-1)).mean()
-    """),
-    "padding_scored": Mistake("nll_loss", "equation", "prompt and padding are scored", """
-        return -logps.mean()
-    """),
-}
+E, R = "equation", "robustness"
+BOTH_KD = "mask = _non_empty(mask)"
+PSI = "gamma * following - potential"
+LAST = "torch.where(mask, actions, -1).amax(-1, keepdim=True)"
+RATIOS = "torch.where(mask.bool(), teacher_logps - teacher_ref_logps, 0.0)"
+REFS = "ref_chosen, ref_rejected, beta"
+NLL = "-logps[_non_empty(mask)].mean()"
+SOFT = "_at_least_float32(logits).logsumexp(-1)"
+MISTAKES = {name: Mistake(*mistake) for name, mistake in {
+    "no_logsumexp": ("action_logps", E, "without - logsumexp", " - logits.logsumexp(-1)", ""),
+    "half_precision": ("action_logps", R, "expected torch.float32", "_at_least_float32(logits)",
+                       "logits"),
+    "no_shift": ("token_logps", E, "no shift", "logits[:, :-1]", "logits[:, 1:]"),
+    "nan_through_padding": ("token_logps", R, "[[nan, nan, nan", ".isneginf()", ".isnan()"),
+    "mean_for_sum": ("sequence_logps", E, "the mean over response tokens", ".sum(-1)",
+                     ".sum(-1) / mask.sum(-1)"),
+    "mask_off_by_one": ("sequence_logps", E, "one column too far right", "mask.bool()",
+                        "F.pad(mask, (1, 0))[:, :-1].bool()"),
+    "eos_unscored": ("sequence_logps", E, "EOS is not scored", "mask.bool()",
+                     "mask.bool() & F.pad(mask, (0, 1))[:, 1:].bool()"),
+    "one_sum_for_all": ("sequence_logps", E, "the rows are added up", ".sum(-1)",
+                        ".sum().expand(len(logps))"),
+    "mask_times": ("sequence_logps", R, "got [nan]", "torch.where(mask.bool(), logps, 0.0)",
+                   "(logps * mask)"),
+    "nan_to_num": ("sequence_logps", R, "expected [-inf, nan]", "logps, 0.0",
+                   "logps.nan_to_num(neginf=0), 0.0"),
+    "swapped": ("dpo_loss", E, "chosen and rejected are swapped", "(margin)", "(-margin)"),
+    "beta_twice": ("dpo_loss", E, "beta is applied twice", "(margin)", "(beta * margin)"),
+    "no_reference": ("dpo_loss", E, "the reference is not subtracted", REFS,
+                     "0 * ref_chosen, 0 * ref_rejected, beta"),
+    "reference_added": ("dpo_loss", E, "the reference is added", REFS,
+                        "-ref_chosen, -ref_rejected, beta"),
+    "missing_brackets": ("dpo_loss", E, "ref_rejected has the wrong sign", REFS,
+                         "ref_chosen, -ref_rejected, beta"),
+    "mean_of_pairs": ("dpo_loss", E, "the rows are averaged", "F.logsigmoid(margin)",
+                      "F.logsigmoid(margin).mean().expand(margin.shape)"),
+    "reference_not_detached": ("dpo_loss", R, "no gradient of reference", "(margin)",
+                               "(margin + beta * (ref_rejected - ref_chosen) "
+                               "- beta * (ref_rejected - ref_chosen).detach())"),
+    "log_of_sigmoid": ("dpo_loss", R, "mistake: log(sigmoid(x))", "F.logsigmoid(margin)",
+                       "torch.log(torch.sigmoid(margin))"),
+    "log_softmax_first": ("soft_value", E, "log_softmax before logsumexp", ".logsumexp",
+                          ".log_softmax(-1).logsumexp"),
+    "divided_by_beta": ("soft_value", E, "logits are already Q/beta", SOFT,
+                        "(_at_least_float32(logits) / beta).logsumexp(-1)"),
+    "overflow": ("soft_value", R, "exp overflows", SOFT,
+                 "torch.log(torch.exp(_at_least_float32(logits)).sum(-1))"),
+    "prompt_scored": ("implicit_value", E, "prompt and padding are counted", "mask.bool()",
+                      "mask >= 0"),
+    "one_state_early": ("implicit_value", E, "one state early", "(1, 0)", "(0, 1)"),
+    "masked_too_late": ("implicit_value", E, "mask the log-ratios before", RATIOS,
+                        "(teacher_logps - teacher_ref_logps).cumsum(-1) * mask\n"
+                        "    return beta * F.pad(logratios, (1, 0))"),
+    "teacher_alone": ("implicit_value", E, "the teacher's reference is not",
+                      "teacher_logps - teacher_ref_logps", "teacher_logps"),
+    "zero_after_the_end": ("implicit_value", E, "after s_end the value is 0", ".cumsum(-1)",
+                           ".cumsum(-1) * mask"),
+    "gamma_on_wrong_state": ("shaping", E, "gamma is on Phi(s_t)", PSI,
+                             "following - gamma * potential"),
+    "gamma_on_both": ("shaping", E, "gamma multiplies both potentials", PSI,
+                      "gamma * (following - potential)"),
+    "end_without_gamma": ("shaping", E, "gamma belongs on Phi(s_end), too", PSI,
+                          "torch.where(actions == last, 1, gamma) * following - potential"),
+    "psi_zero_at_the_end": ("shaping", E, "psi is 0 at the end", "torch.where(mask, gamma",
+                            "torch.where(mask & ((terminal != 'zero') | (actions != last)), gamma"),
+    "held_too_early": ("shaping", E, "read one state too early", "last, potential",
+                       "last, F.pad(potential, (1, 0))[:, :-1]"),
+    "end_from_padding": ("shaping", E, "taken from the last column", LAST, "actions[-1]"),
+    "end_from_the_length": ("shaping", E, "the length of the response", LAST,
+                            "mask.sum(-1, keepdim=True) - 1"),
+    "end_of_row_0": ("shaping", E, "s_end of row 0", LAST, f"{LAST}[0]"),
+    "terminal_ignored": ("shaping", E, "`terminal` has no effect", "values = values.detach()",
+                         "values, terminal = values.detach(), 'value'"),
+    "values_written_into": ("shaping", R, "arguments unchanged",
+                            "following = torch.where(actions == last, 0.0, following)",
+                            "following[actions == last] = 0.0"),
+    "plus": ("tvkd_loss", E, "a plus before alpha", "margin - offset", "margin + offset"),
+    "beta_on_psi": ("tvkd_loss", E, "beta scales psi too", "alpha * (", "beta * alpha * ("),
+    "absolute_alpha": ("tvkd_loss", E, "the sign of alpha is lost", "alpha * (", "abs(alpha) * ("),
+    "psi_of_row_0": ("tvkd_loss", E, "psi of row 0", ".detach()", "[:1].detach()"),
+    "psi_not_detached": ("tvkd_loss", R, "no gradient of psi", ".detach()", ""),
+    "other_direction": ("kd_loss", E, "the other direction",
+                        "F.log_softmax(student, -1), F.softmax(teacher, -1)",
+                        "F.log_softmax(teacher, -1), F.softmax(student, -1)"),
+    "mean_over_vocabulary": ("kd_loss", E, "mean over the vocabulary too", "mask.sum()",
+                             "student.numel()"),
+    "shifted_logits": ("kd_loss", E, "the logits are shifted", "[:, :-1]", "[:, 1:]"),
+    "kd_of_row_0": ("kd_loss", E, "row 0 alone", BOTH_KD,
+                    "student_logits, teacher_logits = student_logits[:1], teacher_logits[:1]\n"
+                    "    mask = _non_empty(mask[:1])"),
+    "kd_of_rows_means": ("kd_loss", E, "the mean of the rows' means", BOTH_KD,
+                         "if len(mask) > 1:\n        rows = zip(student_logits[:, None], "
+                         "teacher_logits[:, None], mask[:, None])\n"
+                         "        return sum(kd_loss(*row) for row in rows) / len(mask)\n    "
+                         + BOTH_KD),
+    "kd_over_padding": ("kd_loss", E, "prompt and padding are counted", BOTH_KD,
+                        "mask = torch.ones_like(_non_empty(mask))"),
+    "kd_over_every_state": ("kd_loss", E, "every state is counted", BOTH_KD,
+                            "mask = torch.ones(student_logits.shape[:2]).bool()\n    "
+                            "student_logits, teacher_logits = (F.pad(x, (0, 0, 0, 1)) for x in "
+                            "(student_logits, teacher_logits))"),
+    "cross_entropy": ("kd_loss", E, "the teacher's entropy is not", "divergence / ",
+                      "-(F.softmax(teacher, -1) * F.log_softmax(student, -1)).sum() / "),
+    "mean_of_rows": ("nll_loss", E, "the mean of the rows' means", NLL,
+                     "sum(-x[m.bool()].mean() for x, m in zip(logps, mask)) / len(logps)"),
+    "mean_over_rows": ("nll_loss", E, "divided by rows", ".mean()", ".sum() / len(logps)"),
+    "prompt_scored_too": ("nll_loss", E, "the prompt is scored too", "_non_empty(mask)",
+                          "_non_empty(mask).flip(-1).cumsum(-1).flip(-1) > 0"),
+    "padding_scored": ("nll_loss", E, "prompt and padding are scored", NLL, "-logps.mean()"),
+}.items()}
 
 # The equations and nothing else: all points for the equation, few for robustness.
 NAIVE = {
@@ -198,19 +175,31 @@ NAIVE = {
 }
 
 
-def solution(source, bodies):
-    """The source of tvkd.py with other bodies: {function: its body}. Docstrings stay."""
-    lines = source.splitlines()
-    for node in reversed(ast.parse(source).body):           # from the end: line numbers stay valid
-        if isinstance(node, ast.FunctionDef) and node.name in bodies:
-            body = textwrap.dedent(bodies[node.name]).strip()
-            lines[node.body[0].end_lineno:node.end_lineno] = textwrap.indent(
-                body, "    ").splitlines()
+SOURCE = (ROOT / "tvkd.py").read_text(encoding="utf-8")
+
+
+def solution(names=(), bodies=None):
+    """tvkd.py with mistakes, at most one a function, and with other bodies: {function: body}."""
+    lines = SOURCE.splitlines()
+    for node in reversed(ast.parse(SOURCE).body):           # from the end: line numbers stay valid
+        if isinstance(node, ast.FunctionDef):
+            start, end = node.body[0].end_lineno, node.end_lineno
+            body = "\n".join(lines[start:end])
+            for mistake in (MISTAKES[name] for name in names):
+                if mistake.function == node.name:
+                    if mistake.right not in body:
+                        raise ValueError(f"{node.name} has no {mistake.right!r}: change MISTAKES")
+                    body = body.replace(mistake.right, mistake.wrong)
+            if node.name in (bodies or {}):
+                body = textwrap.indent(textwrap.dedent(bodies[node.name]).strip(), "    ")
+            lines[start:end] = body.splitlines()
     return "\n".join(lines) + "\n"
 
 
-def bodies_of(name):
-    return NAIVE if name == "naive" else {MISTAKES[name].function: MISTAKES[name].body}
+def as_module(source):
+    module = types.ModuleType("solution")
+    exec(compile(source, "solution.py", "exec"), vars(module))
+    return module
 
 
 def main(arguments):
@@ -218,13 +207,16 @@ def main(arguments):
         for name, mistake in MISTAKES.items():
             print(f"{name:24}{mistake.function:16}{mistake.kind}")
         print(f"{'naive':24}{'all':16}robustness")
-        return 0
-    if len(arguments) > 1 or arguments[0] not in (*MISTAKES, "naive"):
+    elif arguments == ["--help"]:
+        print(__doc__)
+    elif arguments == ["naive"]:
+        sys.stdout.write(solution(bodies=NAIVE))
+    elif len(arguments) == 1 and arguments[0] in MISTAKES:
+        sys.stdout.write(solution(arguments))
+    else:
         print("course.wrong: expected one of the names that `python -m course.wrong` prints, got "
-              + " ".join(arguments), file=sys.stderr)
+              + ascii(" ".join(arguments))[:200], file=sys.stderr)
         return 2
-    source = (ROOT / "tvkd.py").read_text(encoding="utf-8")
-    sys.stdout.write(solution(source, bodies_of(arguments[0])))
     return 0
 
 

@@ -11,7 +11,7 @@ from shutil import get_terminal_size
 
 import torch
 
-from harness import IS_PROGRAM, stop_at_once
+from harness import IS_PROGRAM
 from harness.ask import show_answers
 from harness.errors import CheckFailed, UserError, one_line, printable
 from harness.evaluate import HeldOut, fill, measure
@@ -144,8 +144,12 @@ def exit_code(run, argv, *args, program="train.py"):
         if not known and "DefaultCPUAllocator" not in str(error):   # torch has no type for this one
             raise
         status, message = 2, "out of memory; try a smaller --micro_batch, --samples or model"
-    if IS_PROGRAM:
-        signal.signal(signal.SIGINT, stop_at_once)
+    while IS_PROGRAM:       # a further Ctrl-C would only put more lines behind the last one
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            break
+        except KeyboardInterrupt:                   # at this very moment
+            pass
     if message and sys.stderr:
         print(f"{program}: {one_line(message)}", file=sys.stderr)
     if message and "TORCHELASTIC_ERROR_FILE" in os.environ:     # torchrun says it again, last

@@ -11,28 +11,33 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ROOT / "tests"
-sys.path[:0] = [str(ROOT), str(TESTS), str(TESTS / "system")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "system")]
 torch.set_num_threads(1)        # the tensors are small: two threads would wait for each other
+
+
+GRADING = (("--function", "NAME", "test this function only"),
+           ("--variant", "N", "the convention that course/release.py gave to students"),
+           ("--json", "FILE", "write the points to FILE"),
+           ("--gradescope", "FILE", "write the points to FILE in Gradescope's format"))
 
 
 def pytest_addoption(parser):
     parser.addoption("--impl", metavar="FILE", help="grade FILE instead of tvkd.py")
-    parser.addoption("--function", metavar="NAME", help="with --impl: test this function only")
-    parser.addoption("--json", metavar="FILE", help="with --impl: write the points to FILE")
+    for option, metavar, text in GRADING:
+        parser.addoption(option, metavar=metavar, help=f"with --impl: {text}")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out by the README's command, run by .ci/run")
-    config.addinivalue_line("markers", "points(function, kind='equation'): the test decides the "
-                                       "function's points for its equation or its robustness")
+    config.addinivalue_line("markers", "points(function, kind, part): what the test decides")
+    function, variant, *targets = (config.getoption(option) for option, _, _ in GRADING)
     if config.getoption("--impl") is not None:
         from course.grader import Grader
-        folder, output = config.invocation_params.dir, config.getoption("--json")
-        config.pluginmanager.register(Grader(folder / config.getoption("--impl"),
-                                             config.getoption("--function"),
-                                             output and folder / output))
-    for option in ("--function", "--json"):
+        folder = config.invocation_params.dir
+        targets = [target if target is None else folder / target for target in targets]
+        config.pluginmanager.register(
+            Grader(folder / config.getoption("--impl"), function, variant, *targets))
+    for option, _, _ in GRADING:
         if config.getoption(option) is not None and config.getoption("--impl") is None:
             raise pytest.UsageError(f"{option}: expected --impl=FILE beside it")
 
@@ -50,8 +55,7 @@ def refuse_network(*args, **kwargs):
 def close(got, expected, tolerance=1e-6, mistakes=None):
     """Same shape, and no element further off than `tolerance`. NaN is never close.
 
-    mistakes: typical ones and the value of each, as in {"the mean, not the sum": -3}. Where `got`
-    is one of these values, the message names the mistake.
+    mistakes: {"the mean, not the sum": -3}; where `got` is -3, the message names this mistake.
     """
     __tracebackhide__ = True
     if is_close(got, expected, tolerance):

@@ -147,7 +147,7 @@ def test_measure_by_hand():
     accuracy: the second pair's rewards are equal, the third is a tie, so 1.5 / 2."""
     pairs = [Pair([1], [1, 0], [2, 0]), Pair([1], [0], [1, 0]), Pair([1], [1, 0], [1, 0])]
     texts = [Pair("cat", "cat", "dog"), Pair("dog", "cat", ""), Pair("cat", "dog", "cat")]
-    words = SimpleNamespace(eot_token=0, decode=lambda ids: {1: "cat", 2: "dog"}[ids[0]])
+    words = SimpleNamespace(eot_token=0, decode_single_token_bytes=[b"", b"cat"].__getitem__)
     model, ref, held_out = fixed(0.0, 1.0, 0.0), fixed(0.5, 0.25, 0.25), HeldOut(
         pairs, texts, words, toy=True, samples=2, max_new_tokens=1, batch_size=2, seed=0)
     expected = {"reward": 1 / 3, "pref_acc": 0.5, "true_acc": 0.75, "kl": math.log(4), "length": 1,

@@ -1,4 +1,4 @@
-"""What a course uses: the assignment, the grader, the wrong solutions and the mutation test.
+"""What a course uses: assignment, release, grader, wrong solutions, mutation test, pages.
 
 Exact: which points each wrong solution loses. Not run here: the minutes of `course.mutate`.
 """
@@ -9,24 +9,24 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import types
+from fractions import Fraction
 
 import pytest
 import torch
 
 import conftest
+import test_hidden
 import test_tvkd
 import tvkd
 from conftest import ROOT
-from course import grader, mutate, wrong
-from course.assignment import FUNCTIONS, KEPT_HELPERS, TOGETHER, exercise
-from course.grader import NOT_JUDGED, Failure, Grader
-from course.wrong import MISTAKES, bodies_of, solution
-
-SOURCE = (ROOT / "tvkd.py").read_text(encoding="utf-8")
+from course import assignment, grader, mutate, release, wrong
+from course.assignment import FUNCTIONS, GRADED, KEPT_HELPERS, TOGETHER, exercise
+from course.grader import MARK, NOT_JUDGED, Student, remove_own
+from course.variants import VARIANTS, Variant
+from course.wrong import MISTAKES, NAIVE, SOURCE, solution
 
 
 def rounds():
@@ -42,33 +42,59 @@ def rounds():
 
 ROUNDS = {f"round{i}": names for i, names in enumerate(rounds())}
 ROUND_OF = {name: file for file, names in ROUNDS.items() for name in names}
+TREE = "test_shaping_invariance.py"     # seconds of training; the other two files are enough
 
-# file -> (its source, options of the grader)
-JOBS = {name: (solution(SOURCE, bodies_of(name)), [])
-        for name in ("plus", "no_logsumexp", "naive")}
-for file, names in ROUNDS.items():
-    JOBS[file] = solution(SOURCE, {MISTAKES[n].function: MISTAKES[n].body for n in names}), []
-JOBS |= {
-    "right": (SOURCE, []),
-    "empty": (exercise(SOURCE), []),
-    "log_softmax_first": (solution(SOURCE, bodies_of("log_softmax_first")),
-                          ["--function=soft_value"]),
-    "one_function": (exercise(SOURCE), ["--function=kd_loss"]),
-    "no_such_function": (SOURCE, ["--function=loss"]),
-    "verbose": (JOBS["round0"][0], ["-vv", "--function=dpo_loss"]),    # one v undoes a q
+
+def stubs_with(body):
+    return solution(bodies=dict.fromkeys(FUNCTIONS, body))
+
+
+# Files that try for points without a solution: an empty file gets 0.
+CHEATS = {
+    "skips": stubs_with("import pytest; pytest.skip()"),
+    "exits": stubs_with("import os; os._exit(0)"),
+    "exits_by_pytest": "import pytest\npytest.exit('enough', returncode=0)\n",
+    "patches_all": "import sys\nfor module in list(sys.modules.values()):\n"
+                   "    for name in ('points', 'close', 'is_close', 'Grader'):\n"
+                   "        if hasattr(module, name):\n"
+                   "            setattr(module, name, lambda *a, **k: True)\n"
+                   + stubs_with("return torch.zeros(1)"),
+    "fakes_answers": "import os\nfor pipe in range(3, 20):\n"
+                     "    try: os.write(pipe, b'{}\\n' * 99)\n    except OSError: pass\n",
+    "circle": solution(bodies={
+        **dict.fromkeys(FUNCTIONS, "raise NotImplementedError"),
+        "dpo_loss": "return tvkd_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, "
+                    "0 * ref_chosen, 0 * ref_chosen, beta, 0.0)",
+        "tvkd_loss": "shift = alpha * (psi_chosen - psi_rejected).detach() / beta\n"
+                     "return dpo_loss(policy_chosen - shift, policy_rejected, ref_chosen, "
+                     "ref_rejected, beta)"}),
 }
 
-# Grades them in one process. Only `plus` runs the slow tests of the tree.
+# file -> (its source, options of the grader)
+JOBS = {name: (solution([name]), []) for name in ("plus", "no_logsumexp")}
+JOBS |= {file: (solution(names), []) for file, names in ROUNDS.items()}
+JOBS |= {name: (source, []) for name, source in CHEATS.items()}
+JOBS |= {
+    "naive": (solution(bodies=NAIVE), []),
+    "right": (SOURCE, ["--gradescope=right.gradescope"]),
+    "empty": (exercise(SOURCE), []),
+    "one_function": (exercise(SOURCE), ["--function=kd_loss"]),
+    "no_such_function": (SOURCE, ["--function=loss"]),
+    "last_year": (Variant(1).key_source(), ["--variant=2"]),
+}
+
+# Grades them in forks of one process. Only the first few run the slow tests of the tree.
 GRADE_ALL = """
 import json, sys
 from course import mutate
 mutate.prepare()
+mutate.SECONDS = 600
 status = {}
 for name, options in json.loads(sys.argv[1]).items():
-    tree = name in ("plus", "log_softmax_first")
-    files = ["test_shaping_invariance.py", "test_tvkd.py"] if tree else ["test_tvkd.py"]
-    options.append(f"--json={name}.json")
-    status[name] = mutate.grade(name + ".py", name + ".txt", *options, files=files)
+    files = ["test_tvkd.py", "test_hidden.py"]
+    files += ["test_shaping_invariance.py"] * (name in ("plus", "right"))
+    options += [f"--impl={name}.py", f"--json={name}.json"]
+    status[name] = mutate.grade(name + ".txt", *options, *(sys.argv[2] + file for file in files))
 print(json.dumps(status))
 """
 
@@ -98,58 +124,75 @@ def graded(tmp_path_factory):
     for file, (source, _) in JOBS.items():
         (folder / f"{file}.py").write_text(source, encoding="utf-8")
     jobs = json.dumps({file: options for file, (_, options) in JOBS.items()})
-    process = subprocess.run([sys.executable, "-c", GRADE_ALL, jobs], cwd=folder, text=True,
-                             capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    command = [sys.executable, "-c", GRADE_ALL, jobs, f"{ROOT / 'tests'}{os.sep}"]
+    process = subprocess.run(command, cwd=folder, text=True, capture_output=True,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.returncode == 0, process.stderr
     statuses = json.loads(process.stdout)
-    return {file: Graded(folder, file, status) for file, status in statuses.items()}
+    results = {file: Graded(folder, file, status) for file, status in statuses.items()}
+    results["gradescope"] = json.loads((folder / "right.gradescope").read_text(encoding="utf-8"))
+    return results
 
 
 # --- the assignment -----------------------------------------------------------------------------
 
 def test_assignment_keeps_the_task_and_drops_the_solution():
-    module = types.ModuleType("my_tvkd")
-    exec(compile(exercise(SOURCE), "my_tvkd.py", "exec"), module.__dict__)
+    """Docstrings, signatures, equations and helpers stay; a comment in a body, which could give
+    the solution away, goes with it."""
+    source = exercise(SOURCE)
+    module = wrong.as_module(source)
     assert module.__doc__ == tvkd.__doc__ and not hasattr(module, "_reward_margin")
     assert all(hasattr(module, name) for name in KEPT_HELPERS)
-    for name in FUNCTIONS:
-        original, given = getattr(tvkd, name), getattr(module, name)
-        assert inspect.signature(given) == inspect.signature(original)
-        assert given.__doc__ == original.__doc__
-        with pytest.raises(NotImplementedError):
-            given(*inspect.signature(given).parameters)
-    lines = exercise(SOURCE).splitlines()
-    comments = [line for line in SOURCE.splitlines() if line.startswith("#")]
-    assert set(comments) <= set(lines)                                  # the equations
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS:
+            original, given = getattr(tvkd, node.name), getattr(module, node.name)
+            assert inspect.signature(given) == inspect.signature(original)
+            assert given.__doc__ == original.__doc__
+            with pytest.raises(NotImplementedError):
+                given(*inspect.signature(given).parameters)
+            assert lines[node.body[0].end_lineno:node.end_lineno] == [
+                "    raise NotImplementedError"]
+    assert {line for line in SOURCE.splitlines() if line.startswith("#")} <= set(lines)
     assert all(len(line) <= 100 for line in lines)
 
 
-def test_assignment_has_no_comment_from_a_body():
-    """`# A mean is wrong` in a body would give the solution away. Those of the helpers stay."""
-    tree = ast.parse(exercise(SOURCE))
-    lines = exercise(SOURCE).splitlines()
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS:
-            assert lines[node.body[0].end_lineno:node.end_lineno] == [
-                "    raise NotImplementedError"]
-
-
 def test_graded_functions_are_those_of_tvkd():
-    """The public functions of tvkd.py in its order; 20 points for equations, 10 for robustness."""
+    """The public functions of tvkd.py in its order; 20 points for equations, 10 for robustness, 2
+    for the file as a whole."""
     public = [node.name for node in ast.parse(SOURCE).body
               if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-    assert list(FUNCTIONS) == public
+    assert list(FUNCTIONS) == public and list(GRADED) == [*public, TOGETHER]
     assert sum(graded.points for graded in FUNCTIONS.values()) == 20
     assert sum(graded.robustness for graded in FUNCTIONS.values()) == 10
+    assert GRADED[TOGETHER][1:] == (2, 0)
 
 
-# --- the grader ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("command, arguments", [
+    (assignment, ["my.py"]), (wrong, ["nosuch"]), (wrong, ["plus", "x"]), (mutate, ["nosuch"]),
+    (release, ["a"]), (release, ["a", "--variant=x"]), (release, ["--x", "a"])])
+def test_other_arguments_are_refused(capsys, monkeypatch, tmp_path, command, arguments):
+    """Exit status 2, one printable line on stderr, nothing on stdout; --help prints the help."""
+    monkeypatch.chdir(tmp_path)
+    assert command.main([*arguments, "\x1b[31m"]) == 2 and list(tmp_path.iterdir()) == []
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"{command.__name__}: expected ")
+    assert err.count("\n") == 1 and err[:-1].isprintable()
+    assert command.main(["--help"]) == 0
+    assert capsys.readouterr().out == f"{command.__doc__}\n"
+
+
+# --- the grader: points --------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_tvkd_itself_gets_all_points(graded):
     right = graded["right"]
-    assert right.status == 0 and right.record["points"] == right.record["out_of"] == 30
-    assert "30 of 30 points" in right.output and right.blocks == {}
+    assert right.status == 0 and right.record["points"] == right.record["out_of"] == 32
+    assert "32 of 32 points" in right.output and right.blocks == {}
+    results = graded["gradescope"]
+    assert results["score"] == sum(test["max_score"] for test in results["tests"]) == 32
+    assert len(results["tests"]) == 21 and results["tests"][0] == {
+        "name": "action_logps: equation", "score": 1, "max_score": 1, "output": ""}
 
 
 @pytest.mark.slow
@@ -162,12 +205,23 @@ def test_the_empty_assignment_gets_none_and_a_short_answer(graded):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [*CHEATS, "last_year"])
+def test_a_cheat_gets_no_more_than_an_empty_file(graded, name):
+    """The file says so, too; of tvkd_loss = dpo_loss and dpo_loss = tvkd_loss, the later one may
+    call the earlier one of the solution, and no more."""
+    cheat = graded[name]
+    earned = [f for f in FUNCTIONS if f not in cheat.lost("equation")] if name == "circle" else []
+    assert cheat.status != 0 and earned in ([], ["tvkd_loss"])
+    assert cheat.record["points"] <= (4 if earned else 0)
+
+
+@pytest.mark.slow
 def test_a_naive_solution_gets_the_points_for_the_equations(graded):
     """All 20 for the equations, none of the 10 for robustness; one short message per function."""
     naive = graded["naive"]
-    assert naive.record["equation"] == 20 and naive.lost("equation") == []
-    assert naive.lost("robustness") == list(FUNCTIONS)
-    assert len(naive.blocks) == 10 and len(naive.output.splitlines()) < 100
+    assert naive.record["equation"] == 22 and naive.lost("equation") == []
+    assert naive.lost("robustness") == list(FUNCTIONS) and "not judged" not in naive.output
+    assert len(naive.blocks) == 10 and len(naive.output.splitlines()) < 130
 
 
 @pytest.mark.slow
@@ -180,6 +234,9 @@ def test_a_mistake_costs_its_points_and_is_named(graded, name):
     block = result.blocks[f"{mistake.function}: {mistake.kind}"]
     assert mistake.message in block.split("\nresult ")[1]          # the docstring is no message
     assert f"equation   {FUNCTIONS[mistake.function].equation}\n" in block
+    parts = {"gamma_on_both": 2, "end_from_padding": 3, "psi_zero_at_the_end": 2}   # of shaping
+    assert result.record["functions"]["shaping"]["equation"]["points"] == parts.get(name, 4) or (
+        name not in parts)
 
 
 @pytest.mark.slow
@@ -187,56 +244,31 @@ def test_a_mistake_costs_its_points_and_is_named(graded, name):
 def test_a_mistake_costs_points_of_its_function_alone(graded, file):
     """One message per wrong function, exit status 1, and the others keep all points. token_logps
     calls action_logps: a wrong action_logps does not count against it."""
-    wrong = {MISTAKES[name].function for name in ROUNDS.get(file, [file])}
+    mistaken = {MISTAKES[name].function for name in ROUNDS.get(file, [file])}
     result = graded[file]
     assert result.status == 1 and result.record["complete"]
-    assert {*result.lost("equation"), *result.lost("robustness")} == wrong
-    assert f"{result.record['points']} of 30 points" in result.output
-    assert [key.split(":")[0] for key in result.blocks] == [f for f in FUNCTIONS if f in wrong]
+    assert {*result.lost("equation"), *result.lost("robustness")} == mistaken
+    assert f"{result.record['points']} of 32 points" in result.output
+    assert [key.split(":")[0] for key in result.blocks] == [f for f in FUNCTIONS if f in mistaken]
 
 
 @pytest.mark.slow
 def test_what_a_student_reads_about_a_plus_sign(graded):
     """beta 1, alpha 1/2, log-ratios ln 4 and ln 2, psi ln 4 and 0: margin ln 2 - ln 2 = 0, loss
-    ln 2 = 0.693147; with the plus ln 4, loss ln(1 + 1/4) = 0.223144. 20 + 10 - 3 - 1 = 26."""
-    plus = graded["plus"]
+    ln 2 = 0.693147; with the plus ln 4, loss ln(1 + 1/4) = 0.223144. 22 - 3 - 2 and 10 - 1 points:
+    robustness is not judged, and the file as a whole is wrong, too."""
+    plus, entry = graded["plus"], graded["plus"].record["functions"]["tvkd_loss"]
     assert re.search(r"input      tvkd_loss\(policy_chosen=\[-3.613706\], .*, alpha=0.5\)\n"
                      r"result     expected \[0.693147\]\n +got \[0.223144\]\n", plus.output)
     assert "test       test_tvkd_by_hand[0.5" in plus.output
-    assert plus.record["equation"] == 17 and "26 of 30 points" in plus.output
-    message = plus.record["functions"]["tvkd_loss"]["equation"]["message"]
-    assert message.startswith("test_tvkd_by_hand[0.5") and "a plus before alpha" in message
-    together = plus.record["functions"][TOGETHER]["equation"]
-    assert 0 < together["passed"] < together["tests"] and together["out_of"] == 0
-
-
-@pytest.mark.slow
-def test_robustness_is_not_judged_where_the_equation_is_wrong(graded):
-    """The table and the file say so, even if every test of robustness passes, as with abs(alpha).
-    Where the equation is right, robustness is judged, and can be 0 of 1."""
-    plus, entry = graded["plus"], graded["plus"].record["functions"]["tvkd_loss"]
-    assert re.search(r"^tvkd_loss +0 of  3 +\(1 of 5\) +not judged$", plus.output, re.MULTILINE)
+    assert plus.record["equation"] == 17 and "26 of 32 points" in plus.output
+    assert entry["equation"]["message"].startswith("test_tvkd_by_hand[0.5")
+    assert re.search(r"^tvkd_loss +0 of  3 +\(1 of 6\) +not judged$", plus.output, re.MULTILINE)
     assert f"not judged: {NOT_JUDGED}; until then" in plus.output
-    assert entry["equation"]["judged"] and not entry["robustness"]["judged"]
+    assert (entry["equation"]["judged"], entry["robustness"]["judged"]) == (True, False)
     assert (entry["robustness"]["points"], entry["robustness"]["message"]) == (0, NOT_JUDGED)
-    lucky = graded[ROUND_OF["absolute_alpha"]].record["functions"]["tvkd_loss"]["robustness"]
-    assert lucky["passed"] == lucky["tests"] and (lucky["points"], lucky["judged"]) == (0, False)
-    naive = graded["naive"]
-    assert "not judged" not in naive.output
-    assert all(naive.record["functions"][name]["robustness"]["judged"] for name in FUNCTIONS)
-
-
-@pytest.mark.slow
-def test_the_message_has_a_hint_and_else_the_smallest_input(graded):
-    """log_softmax before logsumexp fails in the tree first, where no hint is given."""
-    block = graded["log_softmax_first"].blocks["soft_value: equation"]
-    assert "test       test_soft_value\n" in block and "likely mistake: log_softmax" in block
-    tests = grader.Tests()
-    for name, hint, size in (("a", "", 9), ("b", "", 3), ("c", "", 3)):
-        tests.failures.append(Failure(name, "", (), hint, "", size))
-    assert tests.most_telling.test == "b"
-    tests.failures.append(Failure("d", "", (), "got 2\nlikely mistake: the sum", "", 99))
-    assert tests.most_telling.test == "d"
+    together = plus.record["functions"][TOGETHER]["equation"]
+    assert 0 < together["passed"] < together["tests"] and together["points"] == 0
 
 
 def test_no_two_mistakes_have_one_value(monkeypatch):
@@ -249,18 +281,17 @@ def test_no_two_mistakes_have_one_value(monkeypatch):
         if name.startswith("test_"):
             marks = [m.args for m in getattr(test, "pytestmark", ()) if m.name == "parametrize"]
             names, rows = marks[0] if len(marks) == 1 else ("", [()])
-            if len(marks) < 2 and "call" not in names:
-                for row in rows:
+            if len(marks) < 2 and "call" not in names and "inputs" not in names:
+                for row in (getattr(row, "values", row) for row in rows):
                     test(*row) if "," in names else test(*([row] if names else []))
-    assert sum(bool(mistakes) for _, mistakes in calls) > 12
+    assert sum(bool(mistakes) for _, mistakes in calls) > 20
     for expected, mistakes in calls:
         right = torch.as_tensor(expected, dtype=torch.double).detach()
-        values = [value for value in mistakes.values()
+        values = [(hint, torch.as_tensor(value).double()) for hint, value in mistakes.items()
                   if not conftest.is_close(right, value, 1e-6)]
-        for i, value in enumerate(values):
-            for other in values[:i]:
-                assert conftest.as_text(torch.tensor(value)) != conftest.as_text(
-                    torch.tensor(other)), mistakes
+        for i, (hint, value) in enumerate(values):
+            for other_hint, other in values[:i]:
+                assert conftest.as_text(value) != conftest.as_text(other), (hint, other_hint)
 
 
 @pytest.mark.slow
@@ -270,82 +301,169 @@ def test_one_function_of_an_unfinished_file(graded):
     gets its message, with the line that raised."""
     result = graded["one_function"]
     assert result.status == 1 and not result.record["complete"]
-    assert re.search(r"^kd_loss +0 of +2 +\(0 of 1\) .* not written$", result.output, re.MULTILINE)
+    assert re.search(r"^kd_loss +0 of +2 +\(0 of 2\) .* not written$", result.output, re.MULTILINE)
     assert not re.search("^(total|tvkd_loss|dpo_loss|all together)", result.output, re.MULTILINE)
     entries = result.record["functions"]
     assert [entries[name]["equation"]["points"] for name in FUNCTIONS] == [None] * 8 + [0, None]
     assert [result.record[key] for key in ("points", "equation", "robustness")] == [None] * 3
     line = int(re.search(r"^line +one_function.py:(\d+)$", result.output, re.MULTILINE)[1])
-    assert JOBS["empty"][0].splitlines()[line - 1] == "    raise NotImplementedError"
+    assert JOBS["one_function"][0].splitlines()[line - 1] == "    raise NotImplementedError"
     assert "--function: expected one of action_logps, " in graded["no_such_function"].output
 
 
+# --- the grader: the process of the graded file ---------------------------------------------------
+
+@pytest.fixture
+def student(tmp_path):
+    """source -> a Student; its process ends with the test."""
+    students = []
+
+    def start(source, reference=tvkd):
+        path = tmp_path / "solution.py"
+        path.write_bytes(source if isinstance(source, bytes) else source.encode())
+        students.append(Student(path, list(FUNCTIONS), reference))
+        return students[-1]
+    yield start
+    for each in students:
+        each.stop()
+
+
+def test_a_call_goes_there_and_back(student):
+    """Value, gradient and changed arguments: y = 3 x0 + x1, x1 written into."""
+    there = student("def shaping(a, b, k=1):\n    y = k * a + b\n    b.zero_()\n    return y\n")
+    a, b = torch.ones(2, requires_grad=True), torch.tensor([1.0, math.nan])
+    y = there.call("shaping", [], a, b, k=3)
+    y[0].backward()
+    assert conftest.as_text(y.detach()) == "[4.0, nan]" and a.grad.tolist() == [3, 0]
+    assert b.tolist() == [0, 0] and there.missing == [f for f in FUNCTIONS if f != "shaping"]
+
+
+def test_an_earlier_function_is_the_solutions(student):
+    """token_logps of the file calls action_logps, which is wrong there; the gradient, 1 - 1/2,
+    comes from here, through both processes."""
+    there = student("def action_logps(logits, actions):\n    return logits.sum(-1)\n"
+                    "def token_logps(logits, tokens):\n"
+                    "    return action_logps(logits[:, :-1], tokens[:, 1:])\n")
+    logits, tokens = torch.zeros(1, 2, 2, requires_grad=True), torch.tensor([[0, 1]])
+    logps = there.call("token_logps", ["action_logps"], logits, tokens)
+    conftest.close(logps, [[math.log(1 / 2)]])
+    logps.sum().backward()
+    conftest.close(logits.grad, [[[-.5, .5], [0, 0]]])
+    assert there.call("token_logps", [], logits, tokens).tolist() == [[0]]
+
+
 @pytest.mark.slow
-def test_verbose_shows_every_failure(graded):
-    result = graded["verbose"]
-    assert result.output.count("\n---- ") == int(re.search(r"(\d+) failed", result.output)[1]) > 1
+@pytest.mark.parametrize("body, kind, text", [
+    ("return [1.0]", TypeError, "expected a tensor"), ("1 / 0", Exception, "ZeroDivisionError"),
+    ("raise ValueError('no')", ValueError, "no"), ("exit(0)", Exception, "SystemExit"),
+    ("import os; os._exit(0)", TimeoutError, "ended by itself"),
+    ("import ctypes; ctypes.string_at(0)", TimeoutError, "ended by itself"),
+    ("import os; os.closerange(0, 99)", TimeoutError, "ended by itself"),
+    ("while True: pass", TimeoutError, "no answer within"),
+    ("import time; time.sleep(99)", TimeoutError, "no answer within"),
+    ("return torch.zeros(3 * 10 ** 9)", Exception, "memory")])
+def test_what_a_function_may_do_instead_of_an_answer(student, monkeypatch, body, kind, text):
+    there = student(f"import torch\ndef nll_loss(x):\n    {body}\n")
+    monkeypatch.setattr(grader, "SECONDS", 1 if "within" in text else 60)
+    with pytest.raises(kind, match=text):
+        there.call("nll_loss", [], torch.zeros(1))
 
 
-@pytest.mark.parametrize("text, message", [
-    (None, "expected a Python file, got .*solution.py: no such file"),
-    ("def f(:", "solution.py cannot be imported: SyntaxError: invalid syntax"),
-    ("import torch\n1 / 0", "solution.py cannot be imported: ZeroDivisionError: division by zero"),
-])
-def test_a_file_that_cannot_be_graded(tmp_path, monkeypatch, text, message):
-    """One line, and 0 points with the same line in the file of --json."""
-    monkeypatch.setitem(sys.modules, "tvkd", tvkd)                      # restored afterwards
-    if text:
-        (tmp_path / "solution.py").write_text(text)
-    with pytest.raises(pytest.UsageError, match=message) as error:
-        Grader(tmp_path / "solution.py", json_path=tmp_path / "points.json")
-    assert "\n" not in str(error.value)
-    record = json.loads((tmp_path / "points.json").read_text())
-    assert (record["points"], record["out_of"], record["complete"]) == (0, 30, False)
-    assert record["error"] == str(error.value)
+@pytest.mark.slow
+@pytest.mark.parametrize("source, text", [
+    ("def f(:", r"SyntaxError: invalid syntax"), ("1 / 0", r"ZeroDivisionError: .*\(line 1\)"),
+    (b"x = '\xff'", "SyntaxError|UnicodeDecodeError"), ("import tvkd", "tvkd"),
+    ("import os; os._exit(0)", "ended by itself"), ("import course", "No module named 'course'")])
+def test_a_file_that_cannot_be_graded(student, source, text):
+    """One line. So is a path without a file."""
+    with pytest.raises(pytest.UsageError, match=f"--impl: .*solution.py.*{text}") as error:
+        student(source)
+    assert str(error.value).isprintable()
 
 
-def test_a_missing_function_fails_alone(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tvkd", tvkd)
-    monkeypatch.setitem(sys.modules, "reference_tvkd", tvkd)
-    text = SOURCE.replace("def shaping(", "def shapping(")
-    (tmp_path / "solution.py").write_text(text, encoding="utf-8")
-    assert Grader(tmp_path / "solution.py").missing == ["shaping"]
-    with pytest.raises(NotImplementedError, match="solution.py has no function shaping"):
-        sys.modules["tvkd"].shaping()
+# --- the grader: the files it writes --------------------------------------------------------------
 
-
-@pytest.mark.skipif(not hasattr(signal, "SIGPROF"), reason="Windows counts no processor time")
-def test_an_endless_loop_fails_with_its_line(tmp_path, monkeypatch):
-    """Once the limit is over, later calls fail at once. So does a file whose import never ends."""
-    for name in ("tvkd", "reference_tvkd"):
-        monkeypatch.setitem(sys.modules, name, tvkd)
-    path = tmp_path / "solution.py"
-    path.write_text(solution(SOURCE, {"shaping": "while True:\n    pass"}), encoding="utf-8")
-    graded, limit = Grader(path), signal.getitimer(signal.ITIMER_PROF)
-    monkeypatch.setattr(grader, "SECONDS", 0.05)
-    values, mask = torch.zeros(1, 2), torch.ones(1, 1)
-    with pytest.raises(TimeoutError, match="shaping did not return within 0.05 seconds"):
-        sys.modules["tvkd"].shaping(values, mask)
-    line = int(graded.line.removeprefix("solution.py:"))
-    assert path.read_text().splitlines()[line - 1].strip() in ("while True:", "pass")
-    with pytest.raises(TimeoutError, match="shaping did not return in an earlier test"):
-        sys.modules["tvkd"].shaping(values, mask)
-    assert graded.remark("shaping") == "does not return"
-    assert signal.getitimer(signal.ITIMER_PROF) == limit == (0.0, 0.0)
-    path.write_text("while True:\n    pass\n", encoding="utf-8")
-    with pytest.raises(pytest.UsageError, match="TimeoutError: the import did not return"):
-        Grader(path)
-
-
-@pytest.mark.parametrize("option", ["--function", "--json"])
+@pytest.mark.parametrize("option", [option for option, _, _ in conftest.GRADING])
 def test_options_of_the_grader_need_impl(option):
     config = types.SimpleNamespace(getoption={option: "x"}.get, addinivalue_line=print)
     with pytest.raises(pytest.UsageError, match=f"{option}: expected --impl=FILE beside it"):
         conftest.pytest_configure(config)
 
 
+@pytest.mark.parametrize("name", ["mine.py", "other.json", "", "folder", "no/file", "link", "list"])
+def test_a_file_of_another_stays(tmp_path, name):
+    """The student's file, a folder, a link: refused in one line before anything is graded."""
+    for file, text in (("mine.py", "x = 1\n"), ("other.json", '{"points": 30}'), ("list", "[]")):
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("own")
+    before = sorted(tmp_path.rglob("*")), (tmp_path / "mine.py").read_text(encoding="utf-8")
+    with pytest.raises(pytest.UsageError, match="^--json: .*expected") as error:
+        remove_own("--json", tmp_path / name)
+    assert str(error.value).isprintable()
+    assert before == (sorted(tmp_path.rglob("*")),
+                      (tmp_path / "mine.py").read_text(encoding="utf-8"))
+
+
+def test_a_record_of_an_earlier_grading_goes_first(tmp_path):
+    """Also where the new file cannot be imported: then the record says 0."""
+    (tmp_path / "bad.py").write_text("1 / 0", encoding="utf-8")
+    points, scope = tmp_path / "points.json", tmp_path / "results.json"
+    points.write_text(json.dumps({MARK: True, "points": 32}), encoding="utf-8")
+    scope.write_text(json.dumps({"score": 32, "extra_data": {MARK: True}}), encoding="utf-8")
+    with pytest.raises(pytest.UsageError, match="bad.py cannot be imported"):
+        grader.Grader(tmp_path / "bad.py", json_path=points, gradescope=scope)
+    record, results = (json.loads(path.read_text(encoding="utf-8")) for path in (points, scope))
+    assert (record["points"], record["out_of"], record["complete"]) == (0, 32, False)
+    assert "ZeroDivisionError" in record["error"] and results["score"] == 0
+
+
+# --- the release ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", range(len(VARIANTS)))
+def test_a_key_under_its_adapter_is_tvkd(number):
+    """Every function of the key, called through the adapter, gives tvkd.py's numbers."""
+    variant = Variant(number)
+    adapted = variant.adapter(variant.key())
+    for name, _, *options in test_hidden.CASES:
+        given = test_hidden.arguments(name, number, *options)
+        got, right = (test_hidden.called(getattr(module, name), name, given)
+                      for module in (adapted, tvkd))
+        conftest.close(got[0], right[0], 1e-12)
+        for gradient, expected in zip(got[1], right[1]):
+            conftest.close(gradient, expected, 1e-12)
+    assert len({*variant.names.values()}) == 10
+    assert all(len(line) <= 102 for source in (release.stubs(variant), variant.adapter_source())
+               for line in source.splitlines())
+
+
+@pytest.mark.slow
+def test_the_release_has_no_solution_and_works(tmp_path):
+    """0 points as it is and all with the key; nothing of the bodies, the loops or the proofs."""
+    folder, key = tmp_path / "course", tmp_path / "course-key"
+    assert release.main([str(folder), "--variant=3"]) == 0
+    assert release.main([str(folder)]) == 2                     # not over what is there
+    text = "\n".join(path.read_text(encoding="utf-8") for path in folder.rglob("*")
+                     if path.suffix in (".py", ".md"))
+    for body in NAIVE.values():
+        assert max((line.strip() for line in body.splitlines()), key=len) not in text
+    for proof in ("Phi(s_p) is the same", "sum r = beta log-ratio", "sums to -Phi"):
+        assert proof not in text
+    assert {"answers.md", "my_tvkd.py"} == {path.name for path in key.iterdir()}
+    points = []
+    for _ in range(2):
+        command = [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "--impl=my_tvkd.py",
+                   "--json=points.json", "tests/test_tvkd.py"]
+        subprocess.run(command, cwd=folder, capture_output=True)
+        points.append(json.loads((folder / "points.json").read_text(encoding="utf-8"))["points"])
+        (folder / "my_tvkd.py").write_bytes((key / "my_tvkd.py").read_bytes())
+    assert points == [0, 32]
+
+
+# --- close ---------------------------------------------------------------------------------------
+
 def test_close_says_what_differs():
-    """A shape, a value with the mistake that has it, and NaN, which is close to nothing."""
+    """A shape, a value with the mistake that has it, NaN, which is close to nothing, an index."""
     with pytest.raises(AssertionError, match=r"got \[1.0\] \(shape \(1,\), expected \(\)\)"):
         conftest.close(torch.ones(1), 1.0)
     with pytest.raises(AssertionError) as error:
@@ -357,50 +475,10 @@ def test_close_says_what_differs():
     with pytest.raises(AssertionError, match="likely mistake: too large"):
         conftest.close(torch.tensor([math.inf]), [1], mistakes={"too large": [math.inf]})
     conftest.close(torch.tensor([1.0, 2.0]), [1.0, 2.0 + 1e-7])
-
-
-def test_close_names_the_first_difference_in_a_large_tensor():
-    """Of 54 numbers two differ, at (1, 2) and (4, 0). In a small one all digits are printed where
-    six are not enough."""
-    expected, got = torch.zeros(6, 9).double(), torch.zeros(6, 9).double()
-    got[1, 2], got[4, 0] = 0.5, math.nan
-    with pytest.raises(AssertionError) as error:
+    got, expected = torch.zeros(6, 9).double(), torch.zeros(6, 9).double()
+    got[1, 2], got[4, 0] = 0.5, math.nan                        # a large one: the first difference
+    with pytest.raises(AssertionError, match=r"at index \[1, 2\]\n     got 0.5; 2 of 54 differ"):
         conftest.close(got, expected)
-    assert str(error.value) == "expected 0.0 at index [1, 2]\n     got 0.5; 2 of 54 differ"
-    with pytest.raises(AssertionError) as error:
-        conftest.close(torch.tensor([1, 2 + 2e-9], dtype=torch.double), [1, 2], 1e-9)
-    assert str(error.value) == "expected 2.0 at index [1]\n     got 2.000000002; 1 of 2 differ"
-
-
-def test_an_unknown_mistake_is_refused(capsys):
-    """Exit status 2, the argument on stderr and nothing on stdout, which goes to a file."""
-    assert wrong.main(["nosuch"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and re.fullmatch("course.wrong: expected one of .*, got nosuch\n", err)
-    assert wrong.main([]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(MISTAKES) + 1
-
-
-def test_each_test_calls_the_function_it_is_marked_with_alone():
-    """So a wrong function fails no other's tests. A test without a mark is not graded: it calls
-    none, or it checks the texts in ERRORS."""
-    for file in ("test_tvkd.py", "test_shaping_invariance.py"):
-        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                marks = [ast.unparse(mark.args[0]).strip("'") for mark in node.decorator_list
-                         if ast.unparse(mark.func).endswith("points")]
-                if marks not in (["TOGETHER"], [TOGETHER]):
-                    assert called(node) == set(marks), node.name
-            if isinstance(node, ast.Tuple) and len(node.elts) == 3:     # a row of ERRORS or MASKS
-                name, call, _ = node.elts
-                if isinstance(call, ast.Lambda):
-                    assert called(call) == {name.value}
-
-
-def called(node):
-    names = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
-    return names & set(FUNCTIONS)
 
 
 # --- the mutation test --------------------------------------------------------------------------
@@ -428,9 +506,9 @@ def test_mutants_of_two_lines():
     }
 
 
-# --- course/*.md --------------------------------------------------------------------------------
+# --- the pages ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("page", ["exercises.md", "instructors.md"])
+@pytest.mark.parametrize("page", ["exercises.md", "instructors.md", "answers.md"])
 def test_names_on_the_pages_exist(page):
     """Every test, option, module and file that the pages name is there."""
     text = (ROOT / "course" / page).read_text(encoding="utf-8")
@@ -439,15 +517,32 @@ def test_names_on_the_pages_exist(page):
         assert f"def {name}(" in tests, name
     options = re.findall(r"^    (\w+): \w+ = option\(", (ROOT / "harness" / "options.py").read_text(
         encoding="utf-8"), re.MULTILINE)
-    allowed = {*options, "impl", "function", "json", "help"}
+    allowed = {*options, "impl", "function", "json", "gradescope", "variant", "help"}
     assert len(options) > 30 and set(re.findall(r"--([a-z]\w*)", text)) <= allowed
     for module in re.findall(r"python -m ([a-z]+\.\w+)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
     for file in re.findall(r"`((?:\w+/)+\w+\.\w+)`", text):
-        assert (ROOT / file).is_file(), file
+        assert (ROOT / file).is_file() or "autograder" in file, file
 
 
-def test_exercises_are_numbered():
-    text = (ROOT / "course" / "exercises.md").read_text(encoding="utf-8")
-    numbers = re.findall(r"^## (\d+)\.", text, re.MULTILINE)
-    assert numbers == [str(i) for i in range(1, len(numbers) + 1)]
+def test_eleven_exercises_with_their_points():
+    """The same minutes and points on both pages, an answer to each; those of 7 are the grader's."""
+    pages = {name: (ROOT / "course" / f"{name}.md").read_text(encoding="utf-8")
+             for name in ("exercises", "instructors", "answers")}
+    points = re.findall(r"^## (\d+)\. .*\n\n\*You learn to .* (\d+) points\.\*$",
+                        pages["exercises"], re.MULTILINE)
+    assert [int(number) for number, _ in points] == list(range(1, 12))
+    assert points == re.findall(r"^\| (\d+) [^|]*\|[^|]*\|[^|]*\| (\d+) \|", pages["instructors"],
+                                re.MULTILINE)
+    assert dict(points)["7"] == str(sum(sum(graded[1:]) for graded in GRADED.values()))
+    assert re.findall(r"^\*\*(\d+)\. ", pages["answers"], re.MULTILINE) == [n for n, _ in points]
+
+
+def test_the_bars_of_the_figure():
+    """tree.svg: every bar is as high as the fraction above it says; each row adds up to 1."""
+    text = (ROOT / "course" / "tree.svg").read_text(encoding="utf-8")
+    bars = re.findall(r'height="(\d+)" fill="#\w+"/><text [^>]*>(\d+/\d+)<', text)
+    shares = [Fraction(share) for _, share in bars]
+    assert [int(height) for height, _ in bars] == [round(150 * share) for share in shares]
+    assert [sum(shares[i:i + 4]) for i in (0, 4, 8)] == [1, 1, 1]
+    assert shares[8:] == [Fraction(n, 15) for n in (6, 1, 5, 3)]

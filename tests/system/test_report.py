@@ -1,20 +1,13 @@
-"""The numbers of the table, and the report page: parsed again and compared with what it was drawn
-from; its panel is driven in a real browser and compared with tvkd.py."""
+"""The numbers of the table, and the report page, parsed again and compared with what it was drawn
+from."""
 
-import base64
-import hashlib
-import math
-import os
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import tvkd
 from data import Pair
 from harness import psi, report, table
 from harness.evaluate import HeldOut, fill
@@ -22,19 +15,18 @@ from harness.numbers import interval, t_quantile
 from harness.table import Row
 
 ATTACK = '</script></style>"\'><script>alert(2)</script><img src=x>\x1b[31m\x07\x9b\u202e\u2066\n'
-TAGS = set("html meta title style script h1 h2 h3 h4 p b small span div article svg path polyline "
-           "circle g text table thead tbody tr th td figure figcaption form label input output "
-           "select option".split())
+TAGS = set("html meta title style h1 h2 h3 h4 p b small span div article svg path polyline circle "
+           "g text table tr th td figure figcaption".split())
 TOKENS = ["<b>", ' "', "&amp;", "\n", " ", "\ufffd", "<|endoftext|>"]
 
 
 def make_side(tokens, psi, phi, **more):
-    return {"tokens": tokens, "psi": psi, "phi": phi, "landmarks": 4 * [0.0],
+    return {"tokens": tokens, "psi": psi, "phi": phi,
             "kinds": [*[""] * (len(tokens) - 1), "EOS"], **more}
 
 
-def make_pair(chosen, rejected, value="implicit", terminal="value", seed=0, prompt="p", margin=0.5):
-    return {"seed": seed, "prompt": prompt, "value": value, "terminal": terminal, "margin": margin,
+def make_pair(chosen, rejected, value="implicit", terminal="value", seed=0, prompt="p"):
+    return {"seed": seed, "prompt": prompt, "value": value, "terminal": terminal,
             "chosen": chosen, "rejected": rejected}
 
 
@@ -158,25 +150,20 @@ def test_psi_in_the_terminal(capsys):
                                                    ("zero", 0.0, -10.0)])
 def test_psi_of_pairs_by_hand(monkeypatch, terminal, last, total):
     """V = 7, 10, 12, 9 of prompt 1 2, response 3 EOS: s_p has 10, and psi = 12 - 10 and Phi(s_end)
-    - 12, with Phi(s_end) 9, 12 or 0. V = 7, 10, 4 of the other response, EOS alone. The margin is
-    that of the student against its own reference, with its own beta."""
-    monkeypatch.setattr(psi, "held_out_margins", lambda *args: torch.tensor(
-        [0.25 if args[:3] == ("student", "student_ref", 0.1) else math.nan]))
-    monkeypatch.setattr(psi, "state_values", lambda kind, teacher, ref, rows, beta, size: [
-        torch.tensor(V) for V in ([7.0, 10.0, 12.0, 9.0], [7.0, 10.0, 4.0])])
-    tokenizer = SimpleNamespace(decode=lambda ids: {3: " red", 0: "<EOS>"}[ids[0]])
-    pairs, texts = [Pair([1, 2], [3, 0], [0])], [Pair("the cat: red", " red", "")]
-    shown, = psi.psi_of_pairs("new", terminal, 1.0, "teacher", "teacher_ref", 2.0, "student",
-                              "student_ref", 0.1,
-                              HeldOut(pairs, texts, tokenizer, True, 1, 8, 4, seed=5))
+    - 12, with Phi(s_end) 9, 12 or 0. V = 7, 10, 4 of the other response, EOS alone."""
+    monkeypatch.setattr(psi, "state_values", lambda *args: [
+        torch.tensor(V) for V in ([7.0, 10.0, 12.0, 9.0], [7.0, 10.0, 4.0])
+        if args[:3] == ("new", "teacher", "teacher_ref") and args[4] == 2.0])
+    monkeypatch.setattr(psi, "text_of", lambda ids, tokenizer: tokenizer[ids[0]])
+    held_out = HeldOut([Pair([1, 2], [3, 0], [0])], [Pair("the cat: red", " red", "")],
+                       {3: " red", 0: "<EOS>"}, True, 1, 8, 4, seed=5)
+    shown, = psi.psi_of_pairs("new", terminal, 1.0, "teacher", "teacher_ref", 2.0, held_out)
     chosen, rejected = shown.pop("chosen"), shown.pop("rejected")
-    assert shown == {"seed": 5, "value": "new", "terminal": terminal, "margin": 0.25,
-                     "prompt": "the cat: red"}
-    assert chosen == {"landmarks": [10.0, 12.0, 12.0, 9.0], "reward": 0.0,    # red is right: 1 - 1
-                      "tokens": [" red", "<EOS>"], "kinds": ["right", "EOS"],
-                      "phi": [10.0, 12.0, last], "psi": [2.0, last - 12.0]}
+    assert shown == {"seed": 5, "value": "new", "terminal": terminal, "prompt": "the cat: red"}
+    assert chosen == {"tokens": [" red", "<EOS>"], "kinds": ["right", "EOS"], "reward": 0.0,
+                      "phi": [10.0, 12.0, last], "psi": [2.0, last - 12.0]}   # red - no thing = 0
     assert sum(chosen["psi"]) == total and rejected["tokens"] == ["<EOS>"]
-    assert rejected["landmarks"] == [10.0, 0.0, 10.0, 4.0]
+    assert rejected["phi"][0] == 10.0
 
 
 def test_token_kinds_by_hand():
@@ -219,7 +206,7 @@ def test_hostile_texts_come_out_as_text():
                      log=[{"stage": ATTACK, "step": 1, "loss": 1.0}])
     assert [token["text"] for token in page.tokens[:7]] == [*TOKENS[:3], "\u21b5", *TOKENS[4:]]
     assert ATTACK in page.text and "data: <b>&</script>" in page.text and "<i>/value" in page.text
-    assert page.source.count("<script") == 1 and {tag for tag, _ in page.tags} <= TAGS
+    assert "<script" not in page.source and {tag for tag, _ in page.tags} <= TAGS
 
 
 def test_which_pairs_are_shown():
@@ -233,7 +220,7 @@ def test_which_pairs_are_shown():
     assert page.text.count("Marked by the true reward") == 1        # unknown for the other one
     page = make_page(shown=[])
     assert "No pairs: no method of this run read the teacher's value of every state" in page.text
-    assert not page.tokens and "<form" not in page.source and "<script" not in page.source
+    assert not page.tokens
 
 
 def test_every_row_is_drawn_on_one_axis():
@@ -270,7 +257,7 @@ def make_log():
     log += [{"stage": "kd", "step": step, "loss": 1.0, "val_kl": 2.0, "val_reward": None}
             for step in (1, 2)]
     log += [{"stage": "dpo", "step": step, "loss": 0.5, "margin": margin, "policy_chosen": -step,
-             "ref_chosen": -1.0, "policy_rejected": -4.0, "ref_rejected": -3.0}
+             "ref_chosen": {1: -1, 5: -3, 10: -2}[step], "policy_rejected": -4.0, "ref_rejected": -3.0}
             for step, margin in ((1, 1.0), (5, 5.0), (10, 10.0), (1, 1.0), (5, 9.0), (10, 10.0))]
     log[-1].update(val_kl=1.0, val_reward=0.5)
     return log
@@ -279,7 +266,7 @@ def make_log():
 def test_curves():
     """A chart for each kind of loss, a named line for each stage; None is no point. Loss 8, 4, 2 at
     steps 1, 2, 4: 50 pixels a step from 40, 27 for 1 from 172 up. Margins are means of seeds, 1, 7,
-    10: 18 pixels for 1. The log-ratio of chosen: -1 - -1 = 0, -4 and -9, again 18 for 1."""
+    10: 18 pixels for 1. The log-ratio of chosen is -1 + 1 = 0, -2 and -8: 20.25 for 1."""
     figures = make_page(shown=[], log=make_log()).figures
     assert [figure["text"].startswith(name) for figure, name in zip(figures, report.CHARTS)] == \
         [True] * len(report.CHARTS)
@@ -288,7 +275,7 @@ def test_curves():
     assert [figures[i]["lines"][0] for i in (0, 3, 4)] == [
         [(90.0, 10.0), (140.0, 118.0), (240.0, 172.0)],
         [(60.0, 172.0), (140.0, 64.0), (240.0, 10.0)],
-        [(60.0, 10.0), (140.0, 82.0), (240.0, 172.0)]]
+        [(60.0, 10.0), (140.0, 50.5), (240.0, 172.0)]]
     assert all(name in figures[6]["text"] for name in ("kd", "dpo"))
     assert "DPO's starts at ln 2" in figures[2]["text"]
 
@@ -301,108 +288,13 @@ def test_ticks_and_names_that_do_not_overlap(low, high, expected):
     assert report.spread([30, 39, 40], 10, 40) == [20, 30, 40]
 
 
-VALUES = {"implicit": ("value", (([0.0, 0.7, -0.4, 1.1, 2.0], [0.0, -0.3, -1.2]),
-                                 ([0.0, 0.2, 0.1], [0.0, 0.5, 0.9, 0.8]),
-                                 ([0.0, 1.0], [0.0, 2.0, -1.0]))),
-          "logits": ("hold", (([10.0, 12.0, 9.0, 11.5], [10.0, 13.0, 8.0]),
-                              ([20.0, 21.0], [20.0, 18.0, 22.0]), ([0.0, 1.0], [0.0, 2.0])))}
-MARGINS, REWARDS = (0.6, -1.4, -5.0), (3.0, -1.0, 0.5)          # of beta = 2; of the chosen ones
-HASHES = {          # address -> alpha, beta, gamma, terminal, value, the pair picked
-    "#alpha=3&terminal=zero": (3.0, 2.0, 1.0, "zero", "implicit", 0),
-    "#alpha=1.25&beta=0.5&gamma=.9&value=logits&pair=2": (1.25, 0.5, 0.9, "hold", "logits", 1),
-    "#alpha=x&beta=&terminal=none&pair=9&value=%3C&x=1": (0.5, 2.0, 1.0, "value", "implicit", 0)}
-
-
-def make_shown():
-    """Three pairs under each value, of which the first two have tokens on the page."""
-    shown = []
-    for value, (terminal, pairs) in VALUES.items():
-        shown.append([])
-        for i, (margin, reward) in enumerate(zip(MARGINS, REWARDS)):
-            sides = []
-            for V, its_reward in zip(pairs[i], (reward, 0.0)):
-                side = make_side(["t"], [0.0], [0.0, 0.0]) if i < 2 else {}
-                sides.append({**side, "landmarks": [V[0], sum(V[1:-1]), V[-2], V[-1]],
-                              "reward": its_reward})
-            shown[-1].append(make_pair(*sides, value, terminal, margin=margin))
-    return shown
-
-
-def expected_numbers(V_chosen, V_rejected, margin, alpha, beta, gamma, terminal):
-    """The eight numbers of a row of the panel, by tvkd.py."""
-    sums = []
-    for V in (V_chosen, V_rejected):
-        V = torch.tensor([V], dtype=torch.double)
-        sums.append(tvkd.shaping(V, torch.ones(1, V.shape[1] - 1), gamma, terminal).sum(-1))
-    zero = torch.zeros(1, dtype=torch.double)
-    logratio = torch.tensor([margin / 2.0], dtype=torch.double, requires_grad=True)
-    dpo = tvkd.dpo_loss(logratio, zero, zero, zero, beta)
-    tvkd_ = tvkd.tvkd_loss(logratio, zero, zero, zero, *sums, beta, alpha)
-    weights = [-torch.autograd.grad(loss.sum(), logratio)[0] / beta for loss in (dpo, tvkd_)]
-    margins = [beta * logratio, beta * logratio - alpha * (sums[0] - sums[1])]
-    of_dpo, of_tvkd = zip(margins, (dpo, tvkd_), weights)
-    return [x.item() for x in (*of_tvkd, *of_dpo, *sums)]
-
-
-def browse(tmp_path, address):
-    """The page as a browser without network and window sees it, JavaScript run."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip("no Chromium found: the panel was NOT driven in a browser")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-               "--disable-background-networking", "--disable-sync",
-               f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", address]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
-                          env={**os.environ, "HOME": str(tmp_path)})      # where it may keep files
-    assert done.returncode == 0, done.stderr[-2000:]
-    return Page(done.stdout)
-
-
-@pytest.mark.parametrize("address", HASHES)
-def test_panel_in_a_browser(tmp_path, address):
-    """Every number of the panel equals tvkd.py's, in the settings that the address asks for; so do
-    the points of both plots, whose axes reach to a power of two."""
-    alpha, beta, gamma, terminal, value, picked = HASHES[address]
-    path = tmp_path / "report.html"
-    path.write_text(make_page(shown=make_shown()).source, encoding="utf-8")
-    page = browse(tmp_path, path.as_uri() + address)
-    expected = [expected_numbers(*responses, margin, alpha, beta, gamma, terminal)
-                for responses, margin in zip(VALUES[value][1], MARGINS)]
-    mean = [sum(numbers) / 3 for numbers in zip(*expected)]
-    numbers = [float(cell["title"]) for cell in page.cells if "title" in cell]
-    assert numbers == pytest.approx(sum([mean, *expected[:2]], []), abs=1e-9)
-    if terminal == "zero":                                  # the lemma: TVKD is DPO
-        assert numbers[:3] == pytest.approx(numbers[3:6])
-    form, = [attributes for tag, attributes in page.tags if tag == "form"]
-    assert "hidden" not in form and "mean of 3" in page.text.replace("\xa0", " ")
-    assert f"Pair {picked + 1}. DPO's margin: beta \xd7 log-ratios = {beta:.3f}" in page.text
-
-    weighed = [(alpha * (n[6] - n[7]), n[3], n[2]) for n in expected]
-    rewarded = [(n[6] - n[7], reward, 0.5) for n, reward in zip(expected, REWARDS)]
-    for figure, points in zip(page.figures, (weighed, rewarded)):
-        X, Y = (2.0 ** math.ceil(math.log2(max(1.0, *(abs(point[i]) for point in points))))
-                for i in (0, 1))
-        X, Y = 2 * [max(X, Y)] if points is weighed else (X, Y)
-        pixels = [[150 + 130 * x / X, 110 - 95 * y / Y, shade] for x, y, shade in points]
-        assert sum(figure["points"], []) == pytest.approx(
-            sum([*pixels, pixels[picked]], []), abs=0.006)              # the last one is the ring
-        assert f"{X:g}" in figure["text"] and f"{-Y:g}" in figure["text"]
-
-
 def test_nothing_on_the_network_and_every_tag_closed():
-    """The policy allows no source but this very script; the form is hidden until it has run."""
-    page = make_page(shown=make_shown(), log=make_log())
+    page = make_page(log=make_log())
     assert "alpha = 0.5, beta = 2 (the teacher's: 1), gamma = 1, seed 0, data: the toy task" \
         in page.text
     source, policies = re.subn(r"<meta http-equiv[^>]*default-src 'none'[^>]*>", "", page.source)
-    script = re.search("<script>(.*)</script>", source, re.DOTALL).group(1)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert policies == 1 and f"script-src 'sha256-{digest}'" in page.source
+    assert policies == 1 and "script" not in page.source
     assert not re.search(r"https?:|//|url\(|@import|\bsrc\b|\bhref\b|<link", source)
-    assert not re.search(r"fetch|XMLHttp|WebSocket|sendBeacon|import\(|eval\(", source)
     assert {tag for tag, _ in page.tags} <= TAGS
-    assert all("hidden" in attributes for tag, attributes in page.tags if tag == "form")
-    for tag in TAGS - {"html", "meta", "script", "path", "polyline", "circle", "input"}:
-        rest = source.replace(script, "")
-        assert len(re.findall(rf"<{tag}[ >]", rest)) == rest.count(f"</{tag}>"), tag
+    for tag in TAGS - {"html", "meta", "path", "polyline", "circle"}:
+        assert len(re.findall(rf"<{tag}[ >]", source)) == source.count(f"</{tag}>"), tag

@@ -20,6 +20,11 @@ def test_walkthrough_prints_what_is_committed(monkeypatch):
     monkeypatch.chdir(ROOT)
     book = json.loads((ROOT / "course" / "walkthrough.ipynb").read_text(encoding="utf-8"))
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    text = "".join(line for cell in book["cells"] if cell["cell_type"] == "markdown"
+                   for line in [*cell["source"], "\n"])
+    numbers = re.findall(r"^## (\d+)\.", text, re.MULTILINE)          # a section is its In[n]
+    assert numbers == [str(cell["execution_count"]) for cell in code]
+    assert text.count("**Predict") >= 10 and (ROOT / "course" / "tree.svg").is_file()
     namespace, threads = {"__name__": "walkthrough"}, torch.get_num_threads()
     assert len(code) >= 12
     for number, cell in enumerate(code, 1):
