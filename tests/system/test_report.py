@@ -257,7 +257,8 @@ def make_log():
     log += [{"stage": "kd", "step": step, "loss": 1.0, "val_kl": 2.0, "val_reward": None}
             for step in (1, 2)]
     log += [{"stage": "dpo", "step": step, "loss": 0.5, "margin": margin, "policy_chosen": -step,
-             "ref_chosen": {1: -1, 5: -3, 10: -2}[step], "policy_rejected": -4.0, "ref_rejected": -3.0}
+             "ref_chosen": {1: -1, 5: -3, 10: -2}[step], "policy_rejected": -4.0,
+             "ref_rejected": -3.0}
             for step, margin in ((1, 1.0), (5, 5.0), (10, 10.0), (1, 1.0), (5, 9.0), (10, 10.0))]
     log[-1].update(val_kl=1.0, val_reward=0.5)
     return log
