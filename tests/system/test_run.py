@@ -89,14 +89,14 @@ def test_what_is_printed(default_run, tmp_path, capsys):
     assert [line.endswith(" s left") for line in lines] == [False] * 4 + [True] * 2
 
 
-def test_code_of_the_readme(default_run, monkeypatch, capsys):
-    """The README's Python code reads the weights and the tokenizer of a run, and prints."""
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"),
-                          re.DOTALL)
+def test_code_of_the_docs(default_run, monkeypatch, capsys):
+    """The page's Python code reads the weights and the tokenizer of a run, and prints."""
+    page = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(default_run.out.parent)
     assert snippets
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
+        exec(compile(snippet, "own-data.md", "exec"), {})
         assert capsys.readouterr().out.endswith("\n")
 
 
