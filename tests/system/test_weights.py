@@ -193,13 +193,14 @@ def test_an_export_replaces_an_export_alone(tmp_path):
 
 # --- in -------------------------------------------------------------------------------------------
 
-def test_conv1d_by_hand(tmp_path):
-    """Two channels. GPT-2 computes x W, we compute x W^T: [[1, 2], [3, 4]] there is
-    [[1, 3], [2, 4]] here. attn.c_proj is square, so only its numbers tell."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_conv1d_by_hand(tmp_path, dtype):
+    """Two channels, in numbers that all types hold. GPT-2 computes x W, we compute x W^T: [[1, 2],
+    [3, 4]] there is [[1, 3], [2, 4]] here. attn.c_proj is square, so only its numbers tell."""
     small = dict(n_embd=2, n_head=1, n_layer=1)
-    tensors = conv1d(gpt(**small))
-    tensors["transformer.h.0.attn.c_proj.weight"] = torch.tensor([[1.0, 2], [3, 4]])
-    tensors["transformer.h.0.attn.c_attn.weight"] = torch.arange(12.0).view(2, 6)
+    tensors = {name: tensor.to(dtype) for name, tensor in conv1d(gpt(**small)).items()}
+    tensors["transformer.h.0.attn.c_proj.weight"] = torch.tensor([[1.0, 2], [3, 4]], dtype=dtype)
+    tensors["transformer.h.0.attn.c_attn.weight"] = torch.arange(12.0).view(2, 6).to(dtype)
     block = load(folder_of(tmp_path, tensors, **small)).transformer.h[0]
     close(block.attn.c_proj.weight, [[1.0, 3], [2, 4]], 0)
     close(block.attn.c_attn.weight, [[0.0, 6], [1, 7], [2, 8], [3, 9], [4, 10], [5, 11]], 0)
@@ -207,7 +208,8 @@ def test_conv1d_by_hand(tmp_path):
 
 def test_forms_of_the_same_weights(tmp_path):
     """With the tied head written out; without the prefix, as GPT2Model; with the masks of old
-    files, one of which is called a bias; in another order; in shards. All the same model."""
+    files, one of which is called a bias; in another order; in shards; with the tanh form named
+    otherwise or by default. All the same model."""
     model = gpt(gelu="tanh")
     plain = conv1d(model)
     masks = {"h.0.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.bool).tril(),
@@ -216,7 +218,8 @@ def test_forms_of_the_same_weights(tmp_path):
     head, turned = {**plain, HEAD: plain[WTE]}, folder_of(tmp_path / "turned", plain)
     header, numbers = layout(plain)
     (turned / "model.safetensors").write_bytes(assemble(dict(reversed(header.items())), numbers))
-    shards = folder_of(tmp_path / "shards", {})
+    (turned / "config.json").write_text('{"n_layer": 2, "n_head": 2, "n_embd": 8}')
+    shards = folder_of(tmp_path / "shards", {}, activation_function="gelu_pytorch_tanh")
     (shards / "model.safetensors").unlink()
     for i, names in enumerate((list(old)[:9], list(old)[9:])):
         part = assemble(*layout({name: old[name] for name in names}))
@@ -226,41 +229,20 @@ def test_forms_of_the_same_weights(tmp_path):
         assert torch.equal(logits(load(folder)), logits(model)), folder
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_floats(tmp_path, dtype):
-    """Read as they are and made float32."""
-    tensors = {name: (tensor / 3).to(dtype) for name, tensor in conv1d(gpt()).items()}
-    for name, tensor in conv1d(load(folder_of(tmp_path, tensors))).items():
-        assert tensor.dtype == torch.float32 and torch.equal(tensor, tensors[name].float())
-
-
-def test_the_activation_is_the_files(tmp_path):
-    """The tanh form, also by its other name and where the file says nothing."""
-    path = folder_of(tmp_path, conv1d(gpt()), activation_function="gelu_pytorch_tanh")
-    assert load(path).config.gelu == "tanh"
-    (path / "config.json").write_text('{"n_layer": 2, "n_head": 2, "n_embd": 8}')
-    assert load(path).config.gelu == "tanh"
-
-
 @pytest.mark.parametrize("rows", [301, 320, 599])
 def test_vocabulary_and_context_are_cut(tmp_path, capsys, rows):
-    """Rows beyond the tokenizer's go, whatever their number, and so do positions; it is said."""
-    model = gpt(vocab_size=rows, gelu="tanh")
-    path = folder_of(tmp_path, conv1d(model))
-    close(logits(load(path, 300, 20), 20), logits(model, 20)[..., :300])
+    """Of a nanoGPT checkpoint without biases: rows beyond the tokenizer's go, whatever their
+    number, and so do positions; it is said."""
+    model = gpt(vocab_size=rows, bias=False)
+    path = checkpoint(tmp_path / "ckpt.pt", model)
+    cut = load(path, 300, 20)
+    assert cut.config == GPTConfig(**{**SIZES, "block_size": 20}, bias=False)
+    close(logits(cut, 20), logits(model, 20)[..., :300])
     assert f" {rows - 300} of {rows} rows of the vocabulary are cut" in capsys.readouterr().out
-    assert load(path, rows, 20).config.block_size == 20 and capsys.readouterr().out == ""
+    assert load(path, rows).config.vocab_size == rows and capsys.readouterr().out == ""
     for other in (rows + 1, rows // 2):     # half of the rows or more: those of another tokenizer
         assert f"the tokenizer's {other} ids, or some more" in refused(path, other)
     assert "a context of at least --block_size=33, got 32" in refused(path, 300, 33)
-
-
-def test_a_nanogpt_checkpoint(tmp_path):
-    """Without biases, with 320 rows for 300 ids and a context of 32, cut to 20."""
-    model = gpt(vocab_size=320, bias=False)
-    again = load(checkpoint(tmp_path / "ckpt.pt", model), 300, 20)
-    assert again.config == GPTConfig(**{**SIZES, "block_size": 20}, bias=False)
-    close(logits(again, 20), logits(model, 20)[..., :300])
 
 
 # --- in: what is refused --------------------------------------------------------------------------
@@ -277,17 +259,9 @@ def test_a_nanogpt_checkpoint(tmp_path):
     ("n_layer", 1, 'Unexpected key(s) in state_dict: "transformer.h.1.ln_1.weight"'),
     ("n_embd", 4, "wte.weight: copying a param with shape torch.Size([300, 8])"),
     ("n_head", 3, "n_embd: expected a multiple of n_head=3, got 8"),
-    ("n_head", [[300]], "TypeError: int() argument must be"),
 ])
 def test_settings_that_are_refused(tmp_path, setting, value, message):
     assert message in refused(folder_of(tmp_path, conv1d(gpt()), **{setting: value}))
-
-
-def test_more_layers_than_tensors(tmp_path):
-    """Of a width of 2 a long context has bytes enough for 200 layers, but not tensors."""
-    small = dict(n_embd=2, n_head=1, n_layer=1)
-    path = folder_of(tmp_path, conv1d(gpt(**small, block_size=5000)), **{**small, "n_layer": 200})
-    assert "weights for its n_layer and n_embd, got " in refused(path)
 
 
 def changed(header, numbers, **fields):
@@ -337,17 +311,8 @@ def test_folders_and_files_of_other_kinds(tmp_path):
     file.write_text("version https://git-lfs.github.com/spec/v1\noid")
     for path in (file, file.parent):
         assert "safetensors: run `git lfs pull`, got a pointer of Git LFS" in refused(path)
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert "Too many levels of symbolic links" in refused(tmp_path / "loop")
     assert "No such file" in refused(tmp_path / "no\nfolder\x1b[2J")
     assert "embedded null" in refused("a\0b") and "File name too long" in refused("a" * 10**5)
-
-
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(tmp_path, number):
-    model = gpt()
-    model.transformer.h[1].mlp.c_fc.bias.data[3] = number
-    assert "expected finite numbers, got others" in refused(folder_of(tmp_path, conv1d(model)))
 
 
 STATE, OWN = gpt().state_dict(), {**SIZES, "bias": True}
@@ -358,11 +323,13 @@ STATE, OWN = gpt().state_dict(), {**SIZES, "bias": True}
     ({"config": {**OWN, "gelu": "relu"}, "model": STATE}, "KeyError: 'relu'"),
     ({"config": {**OWN, "n_embd": 10**4}, "model": {        # of stride 0: a file of 20 kB
         name: torch.zeros(1).expand(len(STATE[name]), 10**4) for name in STATE}}, "weights for it"),
+    ({"config": {**OWN, "n_embd": 1, "n_layer": 29}, "model": STATE}, "weights for it"),
     *(({"config": OWN, "model": {**STATE, name: tensor}}, message) for name, tensor, message in [
         (3, STATE[WTE], "AttributeError"), (WTE, STATE[WTE].to("meta"), "RuntimeError"),
         (f"_orig_mod.{WTE}", STATE[WTE], "expected one float transformer.wte.weight"),
         (WTE, STATE[WTE].int(), "one float transformer.wte.weight, got torch.int32"),
         (WTE, torch.zeros(1).expand(10**9, 8), "tokenizer's 300 ids, or some more"),
+        ("transformer.ln_f.bias", torch.full((8,), torch.nan), "expected finite numbers"),
         (HEAD, torch.zeros(300, 8), "expected a head tied to the embedding, got another")])])
 def test_content_that_is_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "ckpt.pt")
@@ -387,13 +354,9 @@ def test_bombs_are_refused(tmp_path):
 
 
 def test_objects_of_a_pickle_by_hand(monkeypatch):
-    """() counts 1, and what holds it 1 + 1.01 times its content: 1, 2.01, 3.03; 500 levels count
-    100 (1.01^501 - 1) = 14,500, and 2,000 levels 4e10. Of [(1, 2), (1, 2)] each pair counts
+    """What holds others counts 1 + 1.01 times its content. Of [(1, 2), (1, 2)] each pair counts
     1 + 1.01 * 2 = 3.02, also where the second is a reference, and another 1.01 of it there:
     h counts 1 + 1.01 * 3.02 = 4.05, the list 1 + 1.01 (1 + 3.02 + 4.05) = 9.15, the end 10.24."""
-    weights.check_pickle(b"\x80\x02)" + b"\x85" * 500 + b".")
-    with pytest.raises(UserError, match="got more"):
-        weights.check_pickle(b"\x80\x02)" + b"\x85" * 2000 + b".")
     pairs = b"\x80\x02](K\x01K\x02\x86q\x01h\x01e."          # ten steps
     monkeypatch.setattr(weights, "MOST_OBJECTS", 10.25)
     weights.check_pickle(pairs)
