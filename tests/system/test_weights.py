@@ -15,12 +15,13 @@ import train
 from conftest import close
 from harness.errors import UserError
 from harness.tokenizers import END_OF_TEXT, PIECES
-from harness.weights import CONV1D, HEAD, export_model, export_targets, pretrained
+from harness.weights import export_model, export_targets, pretrained
 from model import GPT, GPTConfig
 from small_run import TINY
 
 SIZES = dict(vocab_size=300, block_size=32, n_layer=2, n_head=2, n_embd=8)
-WTE = "transformer.wte.weight"
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
 RANKS = {bytes([b]): b for b in range(256)}
 FAST = [*(option for option in TINY if not option.split("=")[0].endswith(
@@ -97,14 +98,11 @@ def refused(path, n_vocab=300, block_size=32):
     return message
 
 
-# --- out ------------------------------------------------------------------------------------------
-
 def test_bytes_by_hand():
     """The header's lines have 70 + 55 = 125 characters; with three spaces they are 128, 80 in
     hexadecimal. 1.0 is 3f800000, -0.5 is bf000000, the lowest byte first."""
     assert weights.to_safetensors({"a": torch.tensor([[1.0, -0.5]])}) == (
-        b'\x80\0\0\0\0\0\0\0{"__metadata__":{"format":"pt",'
-        b'"written_by":"TVKD, the readable one"},'
+        b'\x80\0\0\0\0\0\0\0{"__metadata__":{"format":"pt","written_by":"TVKD, the readable one"},'
         b'"a":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}   '
         b'\0\0\x80\x3f\0\0\0\xbf')
 
@@ -133,9 +131,9 @@ def test_what_an_export_says(tmp_path):
     tensors = weights.read_safetensors(tmp_path / "model.safetensors")
     assert tensors["transformer.h.1.mlp.c_proj.weight"].shape == (32, 8)
     assert HEAD not in tensors and len(tensors) == 28
-    names = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert names == {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32,
-                     "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32,
+        "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
 
 
 def test_a_vocabulary_by_hand():
@@ -191,8 +189,6 @@ def test_an_export_replaces_an_export_alone(tmp_path):
     assert not (tmp_path / "elsewhere").exists() and not (folder / "new").exists()
 
 
-# --- in -------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_conv1d_by_hand(tmp_path, dtype):
     """Two channels, in numbers that all types hold. GPT-2 computes x W, we compute x W^T: [[1, 2],
@@ -242,10 +238,7 @@ def test_vocabulary_and_context_are_cut(tmp_path, capsys, rows):
     assert load(path, rows).config.vocab_size == rows and capsys.readouterr().out == ""
     for other in (rows + 1, rows // 2):     # half of the rows or more: those of another tokenizer
         assert f"the tokenizer's {other} ids, or some more" in refused(path, other)
-    assert "a context of at least --block_size=33, got 32" in refused(path, 300, 33)
 
-
-# --- in: what is refused --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("setting, value, message", [
     ("model_type", "gpt\x1b[2J\n", r"expected model_type gpt2, got 'gpt\x1b[2J\n'"),
@@ -256,9 +249,7 @@ def test_vocabulary_and_context_are_cut(tmp_path, capsys, rows):
     ("n_layer", 10**9, "weights for its n_layer and n_embd, got "),
     ("n_embd", 10**400, "weights for its n_layer and n_embd, got "),
     ("n_layer", 3, 'Missing key(s) in state_dict: "transformer.h.2.ln_1.weight"'),
-    ("n_layer", 1, 'Unexpected key(s) in state_dict: "transformer.h.1.ln_1.weight"'),
     ("n_embd", 4, "wte.weight: copying a param with shape torch.Size([300, 8])"),
-    ("n_head", 3, "n_embd: expected a multiple of n_head=3, got 8"),
 ])
 def test_settings_that_are_refused(tmp_path, setting, value, message):
     assert message in refused(folder_of(tmp_path, conv1d(gpt()), **{setting: value}))
@@ -323,7 +314,7 @@ STATE, OWN = gpt().state_dict(), {**SIZES, "bias": True}
     ({"config": {**OWN, "gelu": "relu"}, "model": STATE}, "KeyError: 'relu'"),
     ({"config": {**OWN, "n_embd": 10**4}, "model": {        # of stride 0: a file of 20 kB
         name: torch.zeros(1).expand(len(STATE[name]), 10**4) for name in STATE}}, "weights for it"),
-    ({"config": {**OWN, "n_embd": 1, "n_layer": 29}, "model": STATE}, "weights for it"),
+    ({"config": {**OWN, "n_embd": 2, "n_layer": 30}, "model": STATE}, "weights for it"),
     *(({"config": OWN, "model": {**STATE, name: tensor}}, message) for name, tensor, message in [
         (3, STATE[WTE], "AttributeError"), (WTE, STATE[WTE].to("meta"), "RuntimeError"),
         (f"_orig_mod.{WTE}", STATE[WTE], "expected one float transformer.wte.weight"),
@@ -378,8 +369,6 @@ def test_crafted_pickles_run_nothing(tmp_path, monkeypatch):
     assert "File is not a zip file" in refused("ckpt.pt") and not (tmp_path / "ran").exists()
 
 
-# --- whole runs -----------------------------------------------------------------------------------
-
 def test_a_run_from_a_folder_and_back(tmp_path):
     """A teacher from a GPT-2 folder, whose first stage leaves it as it is, and a student from a
     checkpoint; --export writes each model of the run, and another run starts from one of them."""
@@ -389,22 +378,18 @@ def test_a_run_from_a_folder_and_back(tmp_path):
     out, exports = tmp_path / "out", tmp_path / "exports"
     assert train.main([*FAST, f"--out={out}", "--teacher_sft_steps=0", f"--teacher_init={folder}",
                        f"--student_init={student}"]) == 0
-    same = load(out / "seed0" / "teacher-sft.pt", 300, 64)
-    assert torch.equal(logits(same), logits(teacher))
+    close(logits(load(out / "seed0" / "teacher-sft.pt", 300, 64)), logits(teacher), 0)
     assert train.main([f"--out={out}", f"--export={exports}", "--device=cpu"]) == 0
     for file in ("dpo", "teacher-dpo"):
         close(logits(load(exports / file)), logits(load(out / "seed0" / f"{file}.pt")), 0)
-    again = [*FAST, f"--out={tmp_path / 'next'}", f"--student_init={exports / 'dpo'}"]
-    assert train.main(again) == 0
+    assert train.main([*FAST, f"--out={out}2", f"--student_init={exports / 'dpo'}"]) == 0
 
 
 def test_a_run_refuses_before_training(tmp_path, capsys):
     """Exit code 2, one line, and no folder."""
     path = checkpoint(tmp_path / "ckpt.pt", gpt(vocab_size=320, block_size=64))
-    for option, message in [("--vocab_size=330", "tokenizer's 330 ids, or some more"),
-                            ("--block_size=200", "at least --block_size=200, got 64")]:
-        arguments = [*FAST, f"--student_init={path}", f"--out={tmp_path / 'out'}", option]
-        assert train.main(arguments) == 2 and not (tmp_path / "out").exists()
-        errors = capsys.readouterr().err
-        assert f"--student_init: {path}: expected a " in errors and message in errors
-        assert errors.count("\n") == 1
+    assert train.main([*FAST, f"--student_init={path}", f"--out={tmp_path / 'out'}",
+                       "--block_size=200"]) == 2 and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert f"--student_init: {path}: expected a context of at least --block_size=200" in error
+    assert error.count("\n") == 1
