@@ -34,9 +34,9 @@ class Recipe:
     steps: int
     lr: float
     batch_size: int
-    micro_batch: int
-    log_interval: int       # what a stage logs is kept with it
-    eval_interval: int
+    micro_batch: int = 0
+    log_interval: int = 20      # what a stage logs is kept with it
+    eval_interval: int = 30
 
 
 @dataclass

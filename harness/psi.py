@@ -39,7 +39,7 @@ def token_kinds(prompt, response, tokens):
                for word in (*data.THINGS, *data.ALL_FACTS)}
     kind_of |= dict.fromkeys(data.POLITE_OPENINGS + data.POLITE_CLOSINGS, "polite")
     kind_of |= dict.fromkeys(data.RUDE_OPENINGS + data.RUDE_CLOSINGS, "rude")
-    for found in re.finditer(rf"\b(?:{'|'.join(map(re.escape, kind_of))})(?!\w)", response):
+    for found in re.finditer("|".join(map(re.escape, kind_of)), response):
         marks[slice(*found.span())] = [kind_of[found[0]]] * len(found[0])       # by character
     for token in tokens[:-1]:
         kinds.append(max(marks[:len(token)], default=""))       # any kind is greater than ""

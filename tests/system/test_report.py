@@ -36,7 +36,7 @@ def make_row(label, reward, vs_dpo=None, seed=0, acc_vs_dpo=None):
 ROWS = [make_row("sft", 1.0, -1.0), make_row("dpo", 2.0), make_row("tvkd implicit/value", 4.0, 2.0)]
 PAIR = {"seed": 0, "prompt": "p", "value": "implicit", "terminal": "value",
         "chosen": make_side(TOKENS, [1.0, -2.0, -0.5, 0.0, 0.0, 0.0, 3.5],
-                            [0.0, 1.0, -1.0, -1.5, -1.5, -1.5, -1.5, 2.0], reward=2.0),
+                            [3.0, 4.0, 2.0, 1.5, 1.5, 1.5, 1.5, 5.0], reward=2.0),
         "rejected": {**make_side(["a", "<|endoftext|>"], [0.5, -1.5], [0.0, 0.5, -1.0],
                                  reward=-1.5), "kinds": ["wrong", "EOS"]}}
 
