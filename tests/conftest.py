@@ -3,7 +3,6 @@
     pytest --impl=my_tvkd.py        grade another tvkd.py; the grader is course/grader.py
 """
 
-import os
 import socket
 import sys
 from pathlib import Path
