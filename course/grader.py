@@ -38,7 +38,7 @@ from conftest import as_text
 from course.assignment import FUNCTIONS, GRADED, TOGETHER, VARIANT
 from course.variants import Variant
 from course.worker import Peer, raise_error
-from data import printable
+from harness.errors import printable
 
 GRADED_FILES = ("test_tvkd.py", "test_hidden.py", "test_shaping_invariance.py")
 KINDS = ("equation", "robustness")

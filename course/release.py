@@ -16,7 +16,7 @@ from pathlib import Path
 
 from course.assignment import ROOT
 from course.variants import MY, Variant
-from data import printable
+from harness.errors import printable
 
 # The tests that a student may see; the rest of tests/ is about other files or holds answers.
 FILES = ("model.py", "data.py", "train.py", "requirements.txt", "LICENSE", "harness/*",

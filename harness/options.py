@@ -34,17 +34,17 @@ class Recipe:
     steps: int
     lr: float
     batch_size: int
-    micro_batch: int
-    log_interval: int       # what a stage logs is kept with it
-    eval_interval: int
+    micro_batch: int = 0
+    log_interval: int = 20      # what a stage logs is kept with it
+    eval_interval: int = 30
 
 
 @dataclass
 class Config:
     data: str = option("", "file of preference pairs; empty: the toy task", group="what to run")
     skip_bad: int = option(0, "1: leave out rows that cannot be read, and count them", None, (0, 1))
-    methods: tuple = option(("bc", "kd", "dpo", "tvkd"), "how to train the student, a row of the "
-                            "table each: some of bc, kd, dpo, tvkd, soft")
+    methods: tuple = option(("bc", "kd", "dpo", "tvkd"), "methods that train the student, a row of "
+                            "the table for each: any of bc, kd, dpo, tvkd, soft")
     out: str = option("out", "folder for the results and the weights of each seed", "out-data")
     seed: int = option(0, "of everything: toy data, split, weights, batches, sampling", None, ANY)
     seeds: int = option(1, "number of full runs, with seeds seed, seed+1, ...")
@@ -54,7 +54,7 @@ class Config:
                       group="use a finished run, train nothing")
     score: str = option("", "score the pairs of this file into scores.jsonl in --out")
     export: str = option("", "write those models into this folder, for the transformers library")
-    tokens: int = option(0, "1, beside --ask: psi of each token of a first answer", None, (0, 1))
+    tokens: int = option(0, "1, with --ask: psi of each token of a first answer", None, (0, 1))
     alpha: float = option(1.0, "weight of the teacher's psi in TVKD; 0 is DPO, below 0 the plus "
                           "reading of the loss", None, (-1e6, 1e6), "the loss")
     beta: float = option(1.0, "strength of the student's KL penalty in DPO and TVKD; larger stays "

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "system")]
+
+import harness  # noqa: E402,F401   before torch: it sets how threads wait, else two spin
+import torch    # noqa: E402
+
 torch.set_num_threads(1)        # the tensors are small: two threads would wait for each other
 
 

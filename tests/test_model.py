@@ -95,8 +95,7 @@ GELU = {
 
 @pytest.mark.parametrize("gelu", GELU)
 def test_forward_oracle(gelu):
-    """One block written out: pre-LayerNorm, attention, GELU in either form, tied head. The weights
-    have nanoGPT's names."""
+    """One block written out, with GELU in either form. The weights have nanoGPT's names."""
     model, tokens = tiny(n_layer=1, gelu=gelu).double(), random_tokens(2, 5)
     with torch.no_grad():
         for parameter in model.parameters():                # no bias is 0, and the GELUs differ
@@ -113,8 +112,7 @@ def test_forward_oracle(gelu):
 
 
 def test_selected_states_have_the_logits_they_have_among_all():
-    """states picks rows of (B, T, V) in order: the last MLP and the head take those alone, the MLP
-    before them and attention all."""
+    """Rows of (B, T, V) in order. The last MLP and the head take those alone, the first MLP all."""
     model, tokens, taken = tiny().double(), random_tokens(), []
     states = tokens % 2 == 0
     expected = model(tokens)[states]
@@ -139,6 +137,7 @@ def test_content_that_a_run_keeps_gives_the_model_back():
     again = unpack(pack(model), "cpu")
     assert again.config == model.config and again.lm_head.weight is again.transformer.wte.weight
     assert torch.equal(again(random_tokens()), model(random_tokens()))
+    assert not any("bias" in name for name, _ in model.named_parameters())
 
 
 def test_initial_scale():
@@ -154,16 +153,18 @@ def test_initial_scale():
 
 # --- answers, one token after the other ----------------------------------------------------------
 
-def test_draw_by_hand():
+def test_draw_by_hand(monkeypatch):
     """Logits ln 1, ln 2, ln 1: probabilities 1/4, 1/2, 1/4; at temperature 1/2 they are squared
     first: 1/6, 2/3, 1/6. Temperature 0 takes the largest. A token of probability 0 never comes."""
     logits = torch.tensor([1.0, 2.0, 1.0, 0.0]).log().expand(60_000, -1)
     for temperature, expected in ((1.0, [1 / 4, 1 / 2, 1 / 4, 0]), (0.5, [1 / 6, 2 / 3, 1 / 6, 0])):
-        drawn = draw(logits, temperature, seeded(0))
-        frequency = drawn.bincount(minlength=4) / len(drawn)
+        frequency = draw(logits, temperature, seeded(0)).bincount(minlength=4) / len(logits)
         close(frequency, expected, 0.01)        # five standard deviations: 0.002 each
         assert frequency[3] == 0
     assert draw(logits[:2], 0).tolist() == [1, 1]
+    for uniform, token in ((0.0, 1), (1.0, 3)):     # the ends; a number below 1 may round up to it
+        monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, uniform))
+        assert draw(logits[:1].flip(1), 1.0).item() == token        # of 0, 1/4, 1/2, 1/4
 
 
 def test_generate_takes_the_most_likely_token_of_the_whole_prefix():
@@ -176,10 +177,9 @@ def test_generate_takes_the_most_likely_token_of_the_whole_prefix():
 
 def test_generate_ends():
     """At EOS, without it; at max_new_tokens; where the context of 12 is full: 12 - 5 = 7 tokens."""
-    prompt = [1, 2, 3, 4, 5]
-    assert always(EOS).generate(prompt, 20, EOS) == []
-    assert always(4).generate(prompt, 2, EOS) == [4] * 2
-    assert always(4).generate(prompt, 20, EOS) == [4] * 7
+    assert always(EOS).generate([1, 2, 3, 4, 5], 20, EOS) == []
+    assert always(4).generate([1, 2, 3, 4, 5], 2, EOS) == [4] * 2
+    assert always(4).generate([1, 2, 3, 4, 5], 20, EOS) == [4] * 7
 
 
 # --- harness/sampling.py: many prompts at once ---------------------------------------------------

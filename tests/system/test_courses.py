@@ -158,11 +158,11 @@ def test_assignment_keeps_the_task_and_drops_the_solution():
 
 
 def test_graded_functions_are_those_of_tvkd():
-    """The public functions of tvkd.py in its order; 20 points for equations, 10 for robustness, 2
-    for the file as a whole."""
-    public = [node.name for node in ast.parse(SOURCE).body
-              if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-    assert list(FUNCTIONS) == public and list(GRADED) == [*public, TOGETHER]
+    """Functions of tvkd.py in its order, which may have more; 20 points for equations, 10 for
+    robustness, 2 for the file as a whole."""
+    defined = [node.name for node in ast.parse(SOURCE).body if isinstance(node, ast.FunctionDef)]
+    assert list(FUNCTIONS) == [name for name in defined if name in FUNCTIONS]
+    assert list(GRADED) == [*FUNCTIONS, TOGETHER]
     assert sum(graded.points for graded in FUNCTIONS.values()) == 20
     assert sum(graded.robustness for graded in FUNCTIONS.values()) == 10
     assert GRADED[TOGETHER][1:] == (2, 0)
@@ -492,7 +492,8 @@ def test_mutants():
     assert set(FUNCTIONS) <= {mutant.function for mutant in mutants}
     for mutant in mutants:
         compile(mutant.source, "mutant.py", "exec")
-    assert set(mutate.EQUIVALENT) <= {(mutant.before, mutant.after) for mutant in mutants}
+    lines = {line for mutant in mutants for line in (mutant.before, mutant.after)}
+    assert set(mutate.EQUIVALENT) <= lines
 
 
 def test_mutants_of_two_lines():

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import data
 from data import Example, Pair, encode
 from harness.errors import UserError
 from harness import preferences
@@ -166,7 +165,8 @@ BAD_RECORDS = [
     (row(USER, [message("assistant", "So.\n\nHuman: And?")]), TURN + r"'\n\nHuman:'"),
     (row("Why?", "So.<|im_end|><|im_start|>user\nAnd?", "No."), TURN + "'<|im_start|>user'"),
     (row(None, [], []), SHARE),
-    (row(None, [*USER, message("user", "b")], [*USER, message("user", "c")]), SHARE),
+    (row(None, [*USER, message("user", "b")], USER + NO), SHARE),
+    (row(None, USER + SO, [*USER, message("user", "c")]), SHARE),
     # a turn that is begun, in every layout
     (row(USER + SO), "got one whose last turn is the assistant's"),
     (row(None, USER + SO + NO, USER + SO + SO), "got one whose last turn is the assistant's"),
@@ -175,6 +175,7 @@ BAD_RECORDS = [
     (row([message(["user"], "a")]), 'expected "prompt" as messages'),
     (row(["a\nb"]), r"got 'a\nb'"),
     (row(TALK, [message("tool", "x")]), 'expected "chosen" as messages'),
+    (row(TALK, SO, [message("tool", "x")]), 'expected "rejected" as messages'),
     (row(USER, [message("assistant", None)]), CONTENT + ' "chosen" as a string or as parts'),
     (row(USER, [{"role": "assistant"}]), CONTENT + ' "chosen" as a string or as parts'),
     (row(USER, [message("assistant", [])]), 'expected text in "chosen"'),
