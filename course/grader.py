@@ -12,7 +12,6 @@ for robustness, if all tests of that kind pass; an equation of several parts ear
 
 import contextlib
 import functools
-import importlib.util
 import inspect
 import json
 import os
@@ -45,25 +44,20 @@ MARK = '{\n "extra_data": {\n  "graded by": "course/grader.py"'      # how the f
 
 # --- the graded file ---------------------------------------------------------------------------
 
-class GradedError(Exception):
-    """Another exception of the graded file than ValueError and NotImplementedError."""
-
-
 class Student:
     """The graded file in its process. A process that ends or hangs is started again."""
 
-    def __init__(self, path, names):
-        self.path, self.names, self.process = path, names, None
-        self.seconds = 0.0                      # that its calls took so far
+    def __init__(self, path):
+        self.process, self.seconds = None, 0.0          # seconds: that its calls took so far
         try:
-            self.source = importlib.util.decode_source(path.read_bytes())
+            self.source = path.read_bytes().decode("latin-1")  # as it is: it may say how to read it
             self.start()
         except Exception as error:
             self.stop()
             place = f" (line {error.line})" if getattr(error, "line", None) else ""
             raise pytest.UsageError(one_line(
-                f"--impl: {path.name}: expected a Python file that can be imported, got "
-                f"{type(error).__name__}: {error}{place}")) from None
+                f"--impl: {path.name}: expected a Python file that can be imported, got {error}"
+                f"{place}")) from None
 
     def start(self):
         """In an empty folder, without a variable that says where the course is."""
@@ -74,8 +68,7 @@ class Student:
             [sys.executable, "-P", "-c", WORKER.read_text(encoding="utf-8")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             cwd=self.folder.name, env={**env, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-        answer = self.ask(10 * SECONDS, do="load", source=self.source, names=self.names)  # + torch
-        self.missing = [name for name in self.names if name not in answer["functions"]]
+        self.ask(10 * SECONDS, do="load", source=self.source)       # it imports torch first
 
     def stop(self):
         if self.process:
@@ -104,7 +97,7 @@ class Student:
         if "error" in answer:
             known = [x for x in (ValueError, NotImplementedError) if x.__name__ in answer["types"]]
             error = (known[0](answer["error"]) if known else
-                     GradedError(f"{answer['types'][0]}: {answer['error']}"))
+                     Exception(f"{answer['types'][0]}: {answer['error']}"))
             error.line = answer["line"]
             raise error
         return answer
@@ -155,12 +148,9 @@ def kill(process):
 # --- the tests ---------------------------------------------------------------------------------
 
 class Failure(NamedTuple):
-    test: str
-    by_hand: str                # the test's docstring, which holds the arithmetic
-    calls: tuple                # the latest call of each function, with its arguments
-    result: str
-    line: str                   # where the graded file raised an exception, or ""
-    size: int                   # how many numbers the calls got
+    rank: tuple                 # the lowest tells most
+    message: str
+    text: str                   # the equation, the test, the arithmetic by hand, input and result
 
 
 class Tests:
@@ -186,12 +176,6 @@ class Tests:
         whole = [all(passed) for passed in self.parts.values()]
         return self.out_of * sum(whole) // max(1, len(whole))
 
-    @property
-    def most_telling(self):
-        """A failure that names a mistake; if there is none, the one with the smallest input."""
-        return min(self.failures, key=lambda failure: (
-            "likely mistake:" not in failure.result, failure.size))
-
     def cell(self):
         """`" 2 of  4    (3 of 9)"`."""
         points = " -" if self.points is None else f"{self.points:2} of {self.out_of:2}"
@@ -199,10 +183,8 @@ class Tests:
 
     def result(self, name):
         """The element of `tests` in results.json."""
-        message = ""
-        if self.failures:
-            message = " ".join(f"{self.most_telling.test}: {self.most_telling.result}".split())
-        return {"name": name, "score": self.points, "max_score": self.out_of, "output": message,
+        return {"name": name, "score": self.points, "max_score": self.out_of,
+                "output": self.failures[0].message if self.failures else "",
                 "extra_data": {"tests": self.count, "passed": self.passed}}
 
 
@@ -214,22 +196,21 @@ class Grader:
         self.variant = Variant(int(variant))
         names = {theirs: ours for ours, theirs in self.variant.names.items()}
         if only is not None and only not in names:
-            expected = ", ".join(names)
-            raise pytest.UsageError(f"--function: expected one of {expected}, got {only[:100]!a}")
+            raise pytest.UsageError(f"--function: expected one of {', '.join(names)}, got "
+                                    f"{only[:100]!a}")
         self.path, self.only, self.target = path, names.get(only), target
         self.tests = {name: {"equation": Tests(graded.points),
                              "robustness": Tests(graded.robustness)}
                       for name, graded in GRADED.items()}
         self.calls = {}                         # function -> its latest call in this test
-        self.line = ""                          # where the latest exception came from
-        self.unwritten, self.dead = set(), {}
-        remove_own(target)
+        self.stopped = {}                       # function -> it is not written, or gave no answer
+        if target:
+            remove_own(target)
         try:
-            self.student = Student(path, list(names))
+            self.student = Student(path)
         except pytest.UsageError as error:
             self.write(str(error))
             raise
-        self.missing = [names[theirs] for theirs in self.student.missing]
         sys.modules["tvkd"] = self.variant.adapted(types.SimpleNamespace(**{
             theirs: functools.partial(self.call, ours) for theirs, ours in names.items()}))
 
@@ -239,30 +220,13 @@ class Grader:
         """A function of the graded file. A failure shows its latest arguments."""
         theirs = self.variant.names[name]
         self.calls[name] = [copied(x) for x in args], {k: copied(x) for k, x in kwargs.items()}
-        if name in self.missing:
-            raise NotImplementedError(f"{self.path.name} has no function {theirs}")
-        if name in self.dead:
-            raise TimeoutError(f"{theirs}: in an earlier test, {self.dead[name]}")
+        if isinstance(self.stopped.get(name), TimeoutError):
+            raise TimeoutError(f"{theirs}: in an earlier test, {self.stopped[name]}")
         try:
             return self.student.call(theirs, *args, **kwargs)
-        except Exception as error:
-            line = getattr(error, "line", None)
-            self.line = f"{self.path.name}:{line}" if line else ""
-            if isinstance(error, NotImplementedError):
-                self.unwritten.add(name)
-            if isinstance(error, TimeoutError):
-                self.dead[name] = str(error)
+        except (NotImplementedError, TimeoutError) as error:
+            self.stopped[name] = error
             raise
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionstart(self, session):
-        """The grader prints its own, shorter failures, unless other options ask for pytest's."""
-        options = session.config.option
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        if options.tbstyle == "auto":
-            options.tbstyle = "no"
-        if reporter and options.reportchars == "fE":
-            reporter.reportchars = ""
 
     def pytest_ignore_collect(self, collection_path):
         if collection_path.suffix == ".py" and collection_path.name not in GRADED_FILES:
@@ -285,7 +249,6 @@ class Grader:
 
     def pytest_runtest_setup(self, item):
         self.calls.clear()
-        self.line = ""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -295,20 +258,28 @@ class Grader:
             passed = report.outcome == "passed" and not hasattr(report, "wasxfail")
             self.tests_of(item).parts.setdefault(points_of(item)[2], []).append(passed)
             if not passed:
-                self.tests_of(item).failures.append(self.failure(item, call))
+                failures = self.tests_of(item).failures
+                failures.append(self.failure(item, call))
+                failures.sort(key=lambda failure: failure.rank)
         return report
 
     def failure(self, item, call):
-        text = call.excinfo.exconly() if call.excinfo else "not passed"
-        result = text.removeprefix("AssertionError: ").removeprefix("course.grader.GradedError: ")
-        lines = [printable(line)[:500] for line in result.splitlines()[:6]]
-        calls = tuple(self.inputs())
-        if points_of(item)[0] == TOGETHER:
-            calls = (", ".join(map(self.shown, self.calls)),)   # the arguments would fill a page
+        name, by_hand = points_of(item)[0], inspect.cleandoc(item.function.__doc__ or "")
+        text, line = "not passed", None
+        if call.excinfo:
+            text, line = call.excinfo.exconly(), getattr(call.excinfo.value, "line", None)
+        result = text.removeprefix("AssertionError: ").removeprefix("Exception: ")
+        result = "\n".join(printable(line)[:500] for line in result.splitlines()[:6])
+        parts = {"equation": GRADED[name].equation, "unlike it": self.variant.unlike.get(name),
+                 "test": item.name, "by hand": by_hand, "input": "\n".join(self.inputs()),
+                 "result": result, "line": line and printable(f"{self.path.name}:{line}")}
+        block = "\n".join(textwrap.indent(text, 11 * " ").replace(11 * " ", f"{label:11}", 1)
+                          for label, text in parts.items() if text)
+        # One that names a mistake tells most, then the one with the smallest input.
         size = sum(x.numel() for args, kwargs in self.calls.values()
                    for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-        return Failure(item.name, inspect.cleandoc(item.function.__doc__ or ""), calls,
-                       "\n".join(lines), printable(self.line), size)
+        return Failure(("likely mistake:" not in result, size),
+                       " ".join(f"{item.name}: {result}".split()), block)
 
     def inputs(self):
         for name, (args, kwargs) in self.calls.items():
@@ -327,7 +298,7 @@ class Grader:
             for kind, failure in self.failures_to_show(name, show_all):
                 out.write_line("")
                 out.write_line(f"---- {self.shown(name)}: {kind}", bold=True)
-                out.write_line(self.block(name, failure))
+                out.write_line(failure.text)
         out.section(f"points: {printable(self.path.name)}")
         for line in self.table():
             out.write_line(line)
@@ -343,24 +314,13 @@ class Grader:
         """
         failures = self.failures_of(name)
         explained = name == TOGETHER and any(map(self.failures_of, FUNCTIONS))
-        if show_all or not failures:
+        if show_all:
             return failures
-        if explained or (name in self.unwritten and self.only is None):
-            return []
-        kind = failures[0][0]
-        return [(kind, self.tests[name][kind].most_telling)]
+        return [] if explained or (name in self.stopped and not self.only) else failures[:1]
 
     def failures_of(self, name):
         return [(kind, failure) for kind, tests in self.tests[name].items()
                 for failure in tests.failures]
-
-    def block(self, name, failure):
-        parts = {"equation": GRADED[name].equation,
-                 "unlike it": self.variant.unlike.get(name), "test": failure.test,
-                 "by hand": failure.by_hand, "input": "\n".join(failure.calls),
-                 "result": failure.result, "line": failure.line}
-        return "\n".join(textwrap.indent(text, 11 * " ").replace(11 * " ", f"{label:11}", 1)
-                         for label, text in parts.items() if text)
 
     def table(self):
         """The lines `function, points and tests of both kinds, remark`."""
@@ -376,12 +336,8 @@ class Grader:
 
     def remark(self, name):
         left = sum(tests.count - tests.ran for tests in self.tests[name].values())
-        if name in self.missing:
-            return "not defined"
-        if name in self.unwritten:
-            return "not written"
-        if name in self.dead:
-            return self.dead[name]
+        if name in self.stopped:
+            return one_line(self.stopped[name]) or "not written"
         return f"{left} not run" if left else ""          # by --function, -k or -x
 
     def results(self, error=None):
@@ -395,7 +351,7 @@ class Grader:
                 "tests": tests}
 
     def write(self, error=None):
-        if self.target is not None:
+        if self.target:
             try:
                 self.target.write_text(json.dumps(self.results(error), indent=1) + "\n",
                                        encoding="utf-8")
@@ -407,15 +363,14 @@ class Grader:
 def remove_own(path):
     """Remove the file of an earlier grading. Any other file stays, and nothing is graded."""
     try:
-        if path and not path.is_symlink() and path.is_file():
+        if path.is_file() and not path.is_symlink():
             if path.read_bytes().startswith(MARK.encode()):
                 path.unlink()
-        good = not path or path.parent.is_dir() and not (path.is_symlink() or path.exists())
+        if path.is_symlink() or path.exists() or not path.parent.is_dir():
+            raise OSError
     except OSError:
-        good = False
-    if not good:
         raise pytest.UsageError(one_line("--json: expected a file that the grader wrote, or a new "
-                                         f"one in a folder that exists, got {path}"))
+                                         f"one in a folder that exists, got {path}")) from None
 
 
 def points_of(item):

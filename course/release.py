@@ -24,25 +24,6 @@ FILES = ("model.py", "data.py", "train.py", "requirements.txt", "LICENSE", "harn
          "course/grader.py", "course/worker.py", "course/variants.py", "course/exercises.md",
          "tests/conftest.py", "tests/test_tvkd.py", "tests/test_shaping_invariance.py",
          "tests/toy_mdp.py")
-README = """\
-# TVKD: exercises
-
-Write the ten functions of `my_tvkd.py`. Each docstring says what goes in and what comes out; the
-equations stand above the functions.{unlike}
-
-```sh
-pip install -r requirements.txt
-python -m pytest -q --impl=my_tvkd.py       # your points; --function=NAME for one function
-python train.py                             # with all ten written, the program runs on yours
-```
-
-`tvkd.py` lets the rest of the program call your functions; leave it alone. Your instructor grades
-with more tests than these. The other exercises are in [course/exercises.md](course/exercises.md);
-they call the functions by their names without a number.
-"""
-UNLIKE = """ Where a comment says
-"UNLIKE THE EQUATION", do as it says. The tests show numbers in the equations' convention, and the
-input as your function got it."""
 
 
 def stubs(variant):
@@ -61,7 +42,6 @@ def write(folder, key, number):
                 shutil.copyfile(path, target)
     assignment = (ROOT / "course" / "assignment.py").read_text(encoding="utf-8")
     for path, text in {
-            folder / "README.md": README.format(unlike=UNLIKE if number else ""),
             folder / "tvkd.py": variant.adapter(),
             folder / f"{MY}.py": stubs(variant),
             folder / "course" / "assignment.py": assignment.replace("\nVARIANT = 0 ",
@@ -69,6 +49,7 @@ def write(folder, key, number):
             key / f"{MY}.py": variant.key()}.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    shutil.copyfile(ROOT / "course" / "students.md", folder / "README.md")
     shutil.copyfile(ROOT / "course" / "answers.md", key / "answers.md")
 
 

@@ -39,6 +39,9 @@ def pytest_configure(config):
         folder = config.invocation_params.dir
         config.pluginmanager.register(Grader(folder / config.getoption("--impl"), function, variant,
                                              None if target is None else folder / target))
+        # The grader prints its own, shorter failures, unless other options ask for pytest's.
+        if config.option.tbstyle == "auto" and config.option.reportchars == "fE":
+            config.option.tbstyle, config.option.reportchars = "no", ""
     for option, _, _ in GRADING:
         if config.getoption(option) is not None and config.getoption("--impl") is None:
             raise pytest.UsageError(f"{option}: expected --impl=FILE beside it")
