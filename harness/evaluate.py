@@ -1,5 +1,6 @@
 """The numbers of the table: sampled answers, true reward, accuracy on held-out pairs, KL."""
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -118,9 +119,6 @@ def evaluate(model, ref, beta, held_out):
     """
     pairs, texts, samples = held_out.pairs, held_out.texts, held_out.samples
     margins = held_out_margins(model, ref, beta, held_out)
-    if not margins.isfinite().all():
-        raise FloatingPointError("expected finite log-probs of the held-out pairs; the weights are "
-                                 "too large or not finite, try a lower learning rate")
     prompts = [pair.prompt for pair in pairs for _ in range(samples)]
     responses = sample(model, prompts, held_out.tokenizer.eot_token, held_out.max_new_tokens,
                        held_out.seed)
@@ -138,6 +136,10 @@ def evaluate(model, ref, beta, held_out):
     metrics = {"reward": None, "true_acc": None, **means, "pref_margin": margins.mean().item(),
                "kl": policy_kl(model, ref, rows, held_out.batch_size),
                "length": sum(map(len, responses)) / len(responses)}
+    for name, x in metrics.items():
+        if x is not None and not math.isfinite(x):
+            raise FloatingPointError(f"{name} {x} on held-out pairs; expected finite numbers: the "
+                                     "weights are too large, try a lower learning rate")
     return metrics, each
 
 

@@ -14,22 +14,18 @@ EPOCHS = ("teacher_sft_steps", "teacher_dpo_steps", "student_sft_steps", "steps"
 RATES = ("teacher_sft_lr", "teacher_dpo_lr", "student_sft_lr", "lr", "distill_lr")
 SFT_RATE, DPO_RATE = 5e-5, 1e-5                 # usual for weights that are trained already
 USES_A_RUN = ("ask", "score", "export")         # these train nothing
+ANY, SOME = (0, 2 ** 62), (1, 10 ** 6)          # whole numbers: least, largest
+REAL, STEPS = (1e-12, 1e6), (-100, 2 ** 62)
 
 
-def option(default, help, group=None, with_data=None, among=(1, 10 ** 6)):
-    """A field of Config. group: begins a section of --help; with_data: the default with --data.
+def option(default, help, with_data=None, among=SOME, group=None):
+    """A field of Config. with_data: the default beside --data; group: begins a section of --help.
 
-    among: the least and the largest value, or all texts that are allowed.
+    among: the least and the largest number, or all texts that are allowed.
     """
     with_data = default if with_data is None else with_data
     return field(default=default, metadata={"help": help, "group": group, "with_data": with_data,
                                             "among": among})
-
-
-def rate(default, help, initial=None, with_data=None):
-    """The option of a learning rate. initial: the default beside --teacher_init, --student_init."""
-    return option(default, f"learning rate of {help}; with pre-trained weights {initial:g}",
-                  with_data=with_data, among=(1e-12, 1e6))
 
 
 @dataclass(frozen=True)
@@ -38,89 +34,78 @@ class Recipe:
     steps: int
     lr: float
     batch_size: int
-    micro_batch: int
-    log_interval: int       # what a stage logs is kept with it
-    eval_interval: int
+    micro_batch: int = 0
+    log_interval: int = 20      # what a stage logs is kept with it
+    eval_interval: int = 30
 
 
 @dataclass
 class Config:
-    data: str = option("", "preference pairs, JSONL or a JSON array, also .gz; empty: the toy task",
-                       "what to run")
-    skip_bad: int = option(0, "1: leave out the rows of --data or --score that are no pair",
-                           among=(0, 1))
-    methods: tuple = option(("bc", "kd", "dpo", "tvkd"), "some of bc, kd, dpo, tvkd, soft: how to "
-                            "train the student, a row of the table each")
-    out: str = option("out", "folder for results.json, log.jsonl, and the weights of each seed",
-                      with_data="out-data")
-    seed: int = option(0, "seed of everything: toy data, split, weights, batches, sampling",
-                       among=(0, 2 ** 62))
+    data: str = option("", "file of preference pairs; empty: the toy task", group="what to run")
+    skip_bad: int = option(0, "1: leave out rows that cannot be read, and count them", None, (0, 1))
+    methods: tuple = option(("bc", "kd", "dpo", "tvkd"), "how to train the student, a row of the "
+                            "table each: some of bc, kd, dpo, tvkd, soft")
+    out: str = option("out", "folder for the results and the weights of each seed", "out-data")
+    seed: int = option(0, "of everything: toy data, split, weights, batches, sampling", None, ANY)
     seeds: int = option(1, "number of full runs, with seeds seed, seed+1, ...")
-    device: str = option("auto", "cpu, cuda, mps, or auto for the best of them here",
-                         among=("auto", "cpu", "cuda", "mps"))
+    device: str = option("auto", "cpu, cuda, mps, or auto for the best of them here", None,
+                         ("auto", "cpu", "cuda", "mps"))
     ask: str = option("", "answer this prompt with every model of the run in --out",
-                      "use a finished run, train nothing")
+                      group="use a finished run, train nothing")
     score: str = option("", "score the pairs of this file into scores.jsonl in --out")
     export: str = option("", "write those models into this folder, for the transformers library")
-    tokens: int = option(0, "1, beside --ask: psi of each token of a first answer", among=(0, 1))
+    tokens: int = option(0, "1, beside --ask: psi of each token of a first answer", None, (0, 1))
     alpha: float = option(1.0, "weight of the teacher's psi in TVKD; 0 is DPO, below 0 the plus "
-                               "reading of the loss", "the loss", among=(-1e6, 1e6))
+                          "reading of the loss", None, (-1e6, 1e6), "the loss")
     beta: float = option(1.0, "strength of the student's KL penalty in DPO and TVKD; larger stays "
-                              "closer to the reference", with_data=0.1, among=(1e-12, 1e6))
+                         "closer to the reference", 0.1, REAL)
     gamma: float = option(1.0, "discount in psi = gamma V(s') - V(s); below 1 the sum of psi "
-                               "depends on the length", among=(0, 1e6))
+                          "depends on the length", None, (0, 1e6))
     value: tuple = option(("implicit", "logits"), "teacher's value, a TVKD row each: implicit (its "
                           "log-ratios), logits (their logsumexp), given (from the rows of --data)")
-    terminal: str = option("", "potential of the finished response: zero, hold, value; empty: "
-                               "hold for logits, else value", among=("zero", "hold", "value", ""))
-    teacher_beta: float = option(1.0, "beta of the teacher's own DPO, and so of its value",
-                                 with_data=0.1, among=(1e-12, 1e6))
+    terminal: str = option("", "potential of the finished response; empty: hold for logits, else "
+                           "value", None, ("zero", "hold", "value", ""))
+    teacher_beta: float = option(1.0, "of the teacher's own DPO, and so of its value", 0.1, REAL)
     tokenizer: str = option("", "an encoding tiktoken knows, such as gpt2; empty: a vocabulary "
-                                "learned from the training text", "data")
-    vocab_size: int = option(512, "largest learned vocabulary, EOS included", with_data=2048)
-    block_size: int = option(64, "longest prompt + response + EOS, in tokens", with_data=1024)
-    train_pairs: int = option(3000, "training pairs, all of which the teacher sees; 0: all that "
-                                    "are left", with_data=0, among=(0, 2 ** 62))
-    student_pairs: int = option(300, "training pairs the student sees; 0: all of the teacher's",
-                                with_data=0, among=(0, 2 ** 62))
-    val_pairs: int = option(200, "pairs for the curves and for choosing settings", with_data=20)
-    test_pairs: int = option(500, "held-out pairs for the table", with_data=200)
-    teacher_layers: int = option(2, "blocks of the teacher", "models", among=(1, 1000))
-    teacher_heads: int = option(8, "attention heads of the teacher", among=(1, 1000))
-    teacher_width: int = option(96, "channels of the teacher", among=(1, 10 ** 5))
-    student_layers: int = option(2, "blocks of the student", among=(1, 1000))
-    student_heads: int = option(4, "attention heads of the student", among=(1, 1000))
-    student_width: int = option(48, "channels of the student", among=(1, 10 ** 5))
+                            "learned from the training text", group="data")
+    vocab_size: int = option(512, "largest learned vocabulary, EOS included", 2048)
+    block_size: int = option(64, "longest prompt + response + EOS, in tokens", 1024)
+    train_pairs: int = option(3000, "that the teacher sees; 0: all that are left", 0, ANY)
+    student_pairs: int = option(300, "of these that the student sees; 0: all", 0, ANY)
+    val_pairs: int = option(200, "for the curves and for choosing settings", 20)
+    test_pairs: int = option(500, "held-out pairs for the table", 200)
+    teacher_layers: int = option(2, "blocks of the teacher", None, (1, 1000), "models")
+    teacher_heads: int = option(8, "attention heads of the teacher", None, (1, 1000))
+    teacher_width: int = option(96, "channels of the teacher", None, (1, 10 ** 5))
+    student_layers: int = option(2, "blocks of the student", None, (1, 1000))
+    student_heads: int = option(4, "attention heads of the student", None, (1, 1000))
+    student_width: int = option(48, "channels of the student", None, (1, 10 ** 5))
     teacher_init: str = option("", "weights the teacher starts from: a nanoGPT checkpoint, a file "
-                                   "of another run, or a GPT-2 folder of the transformers library")
+                               "of another run, or a GPT-2 folder of the transformers library")
     student_init: str = option("", "the same for the student")
     teacher: str = option("", "weights of a teacher that is DPO-trained already; its reference is "
-                              "--teacher_init, and neither of the two is trained")
-    batch_size: int = option(64, "pairs in a step of a preference stage; supervised stages take "
-                                 "as many rows", "training", with_data=8)
-    micro_batch: int = option(0, "pairs, or rows, in memory at a time, for the gradient of the "
-                                 "same batch; 0: the whole batch", among=(0, 10 ** 6))
-    precision: str = option("auto", "of the blocks' matrix products: float32, bfloat16, or auto: "
-                                    "bfloat16 on CUDA", among=("auto", "float32", "bfloat16"))
-    teacher_sft_steps: int = option(400, "steps of the teacher's fine-tuning; -N, here and below: "
-                                         "N epochs", with_data=-3, among=(-100, 2 ** 62))
-    teacher_dpo_steps: int = option(94, "steps of the teacher's DPO", with_data=-2,
-                                    among=(-100, 2 ** 62))
-    student_sft_steps: int = option(600, "steps of the student's fine-tuning", with_data=-3,
-                                    among=(-100, 2 ** 62))
-    steps: int = option(60, "steps of every method that trains the student", with_data=-2,
-                        among=(-100, 2 ** 62))
-    teacher_sft_lr: float = rate(3e-3, "the teacher's fine-tuning", SFT_RATE)
-    teacher_dpo_lr: float = rate(3e-4, "the teacher's DPO", DPO_RATE, 1e-4)
-    student_sft_lr: float = rate(5e-3, "the student's fine-tuning", SFT_RATE)
-    lr: float = rate(3e-4, "the student in dpo, tvkd and soft", DPO_RATE, 1e-4)
-    distill_lr: float = rate(1e-2, "the student in bc and kd", SFT_RATE, 1e-3)
-    save_interval: float = option(30.0, "seconds between two checkpoints of a stage in training",
-                                  among=(0, 1e6))
-    samples: int = option(4, "sampled responses per held-out prompt, at temperature 1",
-                          "measuring", with_data=1, among=(1, 10 ** 4))
-    max_new_tokens: int = option(48, "longest sampled response, in tokens", with_data=128)
-    log_interval: int = option(20, "steps between two lines of the log", with_data=10)
+                          "--teacher_init, and neither of the two is trained")
+    batch_size: int = option(64, "pairs, or rows of a supervised stage, in a step", 8,
+                             group="training")
+    micro_batch: int = option(0, "of these in memory at a time, for the same gradient; 0: as it "
+                              "fits best", None, (0, 10 ** 6))
+    precision: str = option("auto", "of the blocks' matrix products; auto: bfloat16 on CUDA, else "
+                            "float32", None, ("auto", "float32", "bfloat16"))
+    teacher_sft_steps: int = option(400, "of the teacher's fine-tuning; -N: N epochs", -3, STEPS)
+    teacher_dpo_steps: int = option(94, "of the teacher's DPO; -N: N epochs", -2, STEPS)
+    student_sft_steps: int = option(600, "of the student's fine-tuning; -N: N epochs", -3, STEPS)
+    steps: int = option(60, "of each method that trains the student; -N: N epochs", -2, STEPS)
+    teacher_sft_lr: float = option(3e-3, f"learning rate; beside --teacher_init {SFT_RATE:g}",
+                                   None, REAL)
+    teacher_dpo_lr: float = option(3e-4, f"same; beside --teacher_init {DPO_RATE:g}", 1e-4, REAL)
+    student_sft_lr: float = option(5e-3, f"same; beside --student_init {SFT_RATE:g}", None, REAL)
+    lr: float = option(3e-4, f"in dpo, tvkd, soft; beside --student_init {DPO_RATE:g}", 1e-4, REAL)
+    distill_lr: float = option(1e-2, f"in bc, kd; beside --student_init {SFT_RATE:g}", 1e-3, REAL)
+    save_interval: float = option(30.0, "seconds between checkpoints of a stage", None, (0, 1e6))
+    samples: int = option(4, "sampled responses per held-out prompt, at temperature 1", 1,
+                          (1, 10 ** 4), "measuring")
+    max_new_tokens: int = option(48, "longest sampled response, in tokens", 128)
+    log_interval: int = option(20, "steps between two lines of the log", 10)
     eval_interval: int = option(30, "steps between two evaluations on the validation prompts")
 
     def recipe(self, steps, lr):

@@ -29,23 +29,21 @@ class Outcome:
     def __init__(self, config, keep, started):
         self.config, self.keep, self.started = config, keep, started
         self.rows, self.shown, self.models = [], [], {}         # shown: what psi_of_pairs gave
-        self.past, self.earlier = {}, []                        # results.json as it was; older ones
+        self.past, self.earlier = {}, []            # models of results.json as it was; older tables
 
     def announce(self):
         """Before the first stage: what this command replaces in --out. Older tables are kept."""
         path = self.keep.out / "results.json"
-        if not path.is_file():                                  # opening a pipe would hang
-            return
-        try:
-            self.past = json.loads(path.read_text(encoding="utf-8"))
-            was, now = self.past["config"], json.loads(json.dumps(asdict(self.config)))
-            self.earlier = list(self.past.get("earlier", []))[-20:]
+        try:                                                    # opening a pipe would hang
+            past = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            was, now = past["config"], json.loads(json.dumps(asdict(self.config)))
             changed = [f"--{name}={was.get(name)}" for name in now
                        if name != "out" and was.get(name) != now[name]]     # it may have moved
+            old = [{"config": was, "rows": past["rows"]}] if changed else []
+            self.past, self.earlier = past.get("models", {}), [*past.get("earlier", []), *old][-20:]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return
         if changed:
-            self.earlier.append({"config": was, "rows": self.past["rows"]})
             print(one_line(f"{self.keep.out}: replaces the results of a run with "
                            f"{' '.join(changed)}; its table stays in results.json as \"earlier\""))
 
@@ -53,43 +51,40 @@ class Outcome:
         """Measure, save and show the models of one seed, {label: (model, reference, beta)}."""
         config, keep = self.config, self.keep
         test = HeldOut.of(task, "test", config, keep.seed)
-        rows = [Row.of(label, keep.seed) for label in models]
+        rows = [Row(label, keep.seed) for label in models]
         fill(rows, {label: keep.alone(f"{label}.row", measure, *model, test)
                     for label, model in models.items()})
-        kinds = {row.value: row.terminal for row in rows if row.value not in (None, "given")}
+        kinds = dict(label.split()[1].split("/") for label in models if " " in label)
         shown = [keep.alone(f"{kind}.psi", psi_of_pairs, kind, terminal, config.gamma,
-                            *models["teacher"], test) for kind, terminal in kinds.items()]
+                            *models["teacher"], test)
+                 for kind, terminal in kinds.items() if kind != "given"]
         self.rows, self.shown = self.rows + rows, self.shown + shown
         trained = {label: model for label, (model, _, _) in models.items()}
-        if "teacher" in models:
-            trained["teacher-sft"] = models["teacher"][1]
+        sft = {"teacher-sft": models["teacher"][1]} if "teacher" in models else {}
         self.models[str(keep.seed)] = {"tokenizer": keep.describe("x", task.tokenizer)["x"], **{
-            label: keep.describe("x", model)["x.weights"] for label, model in trained.items()}}
+            label: keep.describe("x", model)["x.weights"]
+            for label, model in (trained | sft).items()}}
         if task.tokenizer.name == "learned":
             write(keep.out / f"seed{keep.seed}" / "tokenizer.tiktoken",
                   tokenizer_text(task.tokenizer).encode())
         self.save()
         texts, ids = ([pair.prompt for pair in split.test[:2]] for split in task[:2])
-        answering = {label: model for label, (model, _, _) in models.items()}
-        show_answers(texts, ids, answering, task.tokenizer, config, keep.seed)
+        show_answers(texts, ids, trained, task.tokenizer, config, keep.seed)
         colour = bool(sys.stdout) and sys.stdout.isatty() and "NO_COLOR" not in os.environ
         for pairs in shown:                                 # the first held-out pair, each value
             show_psi(pairs[0], colour, get_terminal_size().columns)
         print(f"\n{table(rows)}")
 
     def save(self):
+        """The page, and results.json: JSON has no NaN, and not every path is text."""
         out, config = self.keep.out, asdict(self.config)
-        # A path may hold bytes that are no text. What is not finite becomes null: a mean over
-        # nothing is unknown, and JSON has no NaN.
         results = json.loads(json.dumps({
             "config": {k: printable(x) if isinstance(x, str) else x for k, x in config.items()},
             "rows": [row.flat() for row in self.rows],
             "pairs": [pair for pairs in self.shown for pair in pairs],
             "models": self.models, "earlier": self.earlier,
             "made": {"torch": torch.__version__, "device": str(self.keep.device),
-                     "threads": torch.get_num_threads(),
-                     "seconds": round(time.perf_counter() - self.started, 1)}}),
-            parse_constant=lambda constant: None)
+                     "threads": torch.get_num_threads()}}), parse_constant=lambda constant: None)
         log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
         html = page(self.config, self.rows, self.shown, [json.loads(line) for line in log])
         write(out / "report.html", html.encode("utf-8", "replace"))
@@ -101,17 +96,16 @@ class Outcome:
         config, out = self.config, self.keep.out
         if config.seeds > 1:
             print(f"\nall seeds\n{table(self.rows)}")
-        if config.data and any(row.value for row in self.rows):
+        if config.data and any(" " in row.label for row in self.rows):
             print(f"The teacher's weight is alpha / beta, here {config.alpha / config.beta:g}. If "
                   "TVKD is below DPO, try a smaller --alpha: too high a weight chases the teacher "
                   "whatever the labels say.")
         again = [label for seed, digests in self.models.items() for label, digest in digests.items()
-                 if self.past.get("models", {}).get(seed, {}).get(label, digest) != digest]
+                 if self.past.get(seed, {}).get(label, digest) != digest]
         if again and (out / "scores.jsonl").exists():
             print(f"scores.jsonl is of {', '.join(again)} as they were before; repeat --score")
-        print(f"\n{time.perf_counter() - self.started:.0f} s; rows in "
-              f"{printable(out / 'results.json')}, pairs and curves in "
-              f"{printable(out / 'report.html')}")
+        print(f"\n{time.perf_counter() - self.started:.0f} s; in {printable(out)}: the rows in "
+              "results.json, pairs and curves in report.html")
 
 
 def exit_code(run, argv, *args, program="train.py"):
@@ -123,11 +117,10 @@ def exit_code(run, argv, *args, program="train.py"):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")    # no sampled character may end a finished run
-    status, message = 0, ""
     if IS_PROGRAM:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    status, message = 0, ""
     try:
-        expect_working_folder()
         run(argv, *args)
         print(end="", flush=True)
     except (UserError, FloatingPointError, CheckFailed) as error:
@@ -135,13 +128,17 @@ def exit_code(run, argv, *args, program="train.py"):
     except KeyboardInterrupt:
         status, message = 130, "stopped; the same command continues from here"
     except OSError as error:
-        where = "stdout: " if stdout_is_lost() else ""
-        status, message = 2, f"expected files that can be read and written: {where}{error}"
+        status, message = 2, f"expected files that can be read and written: {error}"
+        try:
+            print(end="", flush=True)
+        except OSError:                             # what is left to print goes nowhere, in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            message = f"expected files that can be read and written: stdout: {error}"
         if isinstance(error, BrokenPipeError):      # the reader, such as head, has gone
             status, message = 141, "stopped: nobody reads its output; the same command continues"
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:    # torch has no type for memory of the CPU
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "DefaultCPUAllocator" not in str(error):   # torch has no type for this one
+        if not known and "DefaultCPUAllocator" not in str(error):
             raise
         status, message = 2, "out of memory; try a smaller --micro_batch, --samples or model"
     while IS_PROGRAM:       # a further Ctrl-C would only put more lines behind the last one
@@ -156,21 +153,3 @@ def exit_code(run, argv, *args, program="train.py"):
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(
             {"message": one_line(message), "timestamp": int(time.time())}), encoding="utf-8")
     return status
-
-
-def expect_working_folder():
-    """In a deleted folder, relative paths lead nowhere and Intel's MKL ends the process."""
-    try:
-        os.getcwd()
-    except OSError:
-        raise UserError("expected a working folder that exists, got one that was deleted") from None
-
-
-def stdout_is_lost():
-    """Whether stdout takes no more. What is left to print then goes nowhere, in silence."""
-    try:
-        print(end="", flush=True)
-        return False
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True

@@ -68,7 +68,7 @@ class Progress:
             self.seconds += time.perf_counter() - self.resumed      # training without validation
             metrics = {name: x / total["n"] for name, x in total.items()
                        if name not in ("n", "tokens")}
-            metrics |= self.validation(step) if validate_now else {}
+            metrics |= self.validate(self.model) if validate_now else {}
             line = {"seed": self.seed, "stage": self.stage, "step": step, **metrics}
             self.write(json.dumps(line))
             self.show(step, steps, metrics)
@@ -82,18 +82,6 @@ class Progress:
                 self.saved = time.perf_counter()
             if stop:
                 raise KeyboardInterrupt
-
-    def validation(self, step):
-        """validate(model), where it is finite. A kept result would only fail in a later stage."""
-        try:
-            metrics = self.validate(self.model)
-            for name, x in metrics.items():
-                if x is not None and not math.isfinite(x):
-                    raise FloatingPointError(f"{name} {x}; expected finite numbers, try a lower "
-                                             "learning rate")
-            return metrics
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{self.stage}: after step {step}: {error}") from None
 
     def show(self, step, steps, metrics):
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()

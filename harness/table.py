@@ -8,40 +8,22 @@ from harness.numbers import plus_minus, summary
 COLUMNS = (("true reward", "reward", ".2f"), ("minus DPO", "vs_dpo", "+.2f"),   # title, key, format
            ("held-out accuracy", "pref_acc", ".3f"), ("minus DPO", "acc_vs_dpo", "+.3f"),
            ("KL to reference", "kl", ".2f"), ("tokens", "length", ".1f"))
-MORE, LESS = (189, 153, 117, 75), (230, 223, 216, 208)     # of 256 colours: blue, orange
+TINTS = {4: 75, 3: 117, 2: 153, 1: 189, -1: 230, -2: 223, -3: 216, -4: 208}     # blue, orange
 
 
 @dataclass
 class Row:
-    """One row of the table: a method, measured on one seed."""
-    method: str
-    value: str | None = None        # the teacher's value that a tvkd row used
-    terminal: str | None = None     # and the potential of its last state
+    """One row of the table: a model, measured on one seed."""
+    label: str                      # "dpo", "tvkd implicit/value"
     seed: int = 0
     numbers: dict = field(default_factory=dict)     # by name; with "_ci" behind it the interval
 
-    @property
-    def label(self):
-        """The row's name in the table: "dpo", "tvkd implicit/value"."""
-        return f"{self.method} {self.value}/{self.terminal}" if self.value else self.method
-
-    @classmethod
-    def of(cls, label, seed):
-        """The row with this label, still without numbers."""
-        method, _, kind = label.partition(" ")
-        value, _, terminal = kind.partition("/")
-        return cls(method, value or None, terminal or None, seed)
-
     def flat(self):
-        """One flat dict, as it stands in results.json."""
-        return {"method": self.method, "value": self.value, "terminal": self.terminal,
+        """As it stands in results.json; value and terminal are those of a row of TVKD."""
+        method, _, kind = self.label.partition(" ")
+        value, _, terminal = kind.partition("/")
+        return {"method": method, "value": value or None, "terminal": terminal or None,
                 "seed": self.seed, **self.numbers}
-
-    @classmethod
-    def from_flat(cls, flat):
-        """What `flat` gave -> Row."""
-        names = ("method", "value", "terminal", "seed")
-        return cls(*map(flat.get, names), {k: x for k, x in flat.items() if k not in names})
 
 
 def mean_of(rows, key):
@@ -51,19 +33,16 @@ def mean_of(rows, key):
     return summary([row.numbers.get(key) for row in rows])
 
 
-def by_label(rows):
-    """label -> the rows with that label, one per seed, in the order of the table."""
-    methods = {}
-    for row in rows:
-        methods.setdefault(row.label, []).append(row)
-    return methods
-
-
-def known_columns(rows):
-    """The columns that a row has a number for. Where the true reward is known, DPO's is enough."""
+def cells(rows):
+    """The table as text, cell by cell: the titles, then a line for each method."""
     known = {key for row in rows for key, x in row.numbers.items() if x is not None}
-    known -= {"acc_vs_dpo"} if "reward" in known else set()
-    return [column for column in COLUMNS if column[1] in known]
+    known -= {"acc_vs_dpo"} if "reward" in known else set()     # one difference from DPO is enough
+    columns, groups = [column for column in COLUMNS if column[1] in known], {}
+    for row in rows:
+        groups.setdefault(row.label, []).append(row)
+    return [["model", *(title for title, _, _ in columns)], *(
+        [printable(label), *(plus_minus(*mean_of(group, key), form) for _, key, form in columns)]
+        for label, group in groups.items())]
 
 
 def footnote(rows):
@@ -78,11 +57,8 @@ def footnote(rows):
 
 def table(rows):
     """The comparison table as text."""
-    columns = known_columns(rows)
-    lines = [f"{'model':<20}" + "".join(f"{title:>18}" for title, _, _ in columns)]
-    for label, of_method in by_label(rows).items():
-        cells = [plus_minus(*mean_of(of_method, key), form) for _, key, form in columns]
-        lines.append(f"{printable(label):<20}" + "".join(f"{cell:>18}" for cell in cells))
+    lines = [f"{label:<20}" + "".join(f"{cell:>18}" for cell in rest)
+             for label, *rest in cells(rows)]
     return "\n".join([*lines, footnote(rows)])
 
 
@@ -93,18 +69,17 @@ def show_psi(pair, colour, width, most=60):
     """
     largest = max(abs(psi) for name in ("chosen", "rejected") for psi in pair[name]["psi"]) or 1.0
     for name in ("chosen", "rejected"):
-        tokens, values = pair[name]["tokens"], pair[name]["psi"]
+        tokens, values, column = pair[name]["tokens"], pair[name]["psi"], width
         print(f"\npsi per token, {pair['value']}/{pair['terminal']}, {name} "
-              f"(sum {sum(values):+.2f}):")
-        line, room = " ", width - 1
+              f"(sum {sum(values):+.2f}):", end="")
         for token, psi in zip(tokens[:most], values):
             word, number = printable(token.strip()) or "\u2423", f"[{psi:+.2f}]"
-            if len(word + number) + 1 > room and line.strip():
-                print(line)
-                line, room = " ", width - 1
-            room -= len(word + number) + 1              # the escape codes of a tint have no width
-            level = round(4 * abs(psi) / largest)
+            column += len(word + number) + 1
+            if column > width:
+                print("\n ", end="")
+                column = len(word + number) + 2
+            level = round(4 * psi / largest)
             if colour and level:
-                word = f"\033[38;5;16;48;5;{(MORE if psi > 0 else LESS)[level - 1]}m{word}\033[0m"
-            line += f" {word}{number}"
-        print(line + (f" ... and {len(tokens) - most} more" if len(tokens) > most else ""))
+                word = f"\033[38;5;16;48;5;{TINTS[level]}m{word}\033[0m"
+            print(f" {word}{number}", end="")
+        print(f" ... and {len(tokens) - most} more" if len(tokens) > most else "")

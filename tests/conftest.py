@@ -3,19 +3,18 @@
     pytest --impl=my_tvkd.py        grade another tvkd.py; the grader is course/grader.py
 """
 
-import os
 import socket
 import sys
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # before torch, as in harness/__init__.py: tests
-os.environ.setdefault("KMP_BLOCKTIME", "1")         # of two threads take a minute on a busy machine
-import torch  # noqa: E402
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "system")]
+
+import harness  # noqa: E402,F401   before torch: it sets how threads wait, else two spin
+import torch    # noqa: E402
+
 torch.set_num_threads(1)        # the tensors are small: two threads would wait for each other
 
 

@@ -5,7 +5,6 @@ import re
 import shutil
 
 import train
-from harness.table import Row
 
 SMALL = ["--train_pairs=24", "--student_pairs=12", "--val_pairs=6", "--test_pairs=10",
          "--batch_size=8", "--samples=2", "--max_new_tokens=12", "--teacher_layers=1",
@@ -19,8 +18,11 @@ TINY = [*SMALL, "--test_pairs=4", "--val_pairs=2", "--samples=1", "--max_new_tok
 def rows_of(out):
     """results.json -> the flat rows by label, "dpo 1" for those of seed 1; strict JSON."""
     text = (out / "results.json").read_text(encoding="utf-8")
-    rows = json.loads(text, parse_constant=refuse)["rows"]
-    return {f"{Row.from_flat(row).label} {row['seed'] or ''}".strip(): row for row in rows}
+    rows = {}
+    for row in json.loads(text, parse_constant=refuse)["rows"]:
+        kind = f"{row['value']}/{row['terminal']}" if row["value"] else ""
+        rows[" ".join(filter(None, (row["method"], kind, str(row["seed"] or ""))))] = row
+    return rows
 
 
 def log_of(out):

@@ -140,22 +140,22 @@ def test_psi_is_summed_in_float64():
 
 
 def test_measure_by_hand():
-    """A model that says "cat" for ever; its reference has 1/2, 1/4, 1/4 for EOS, cat, dog. Answers
-    of one token earn 1 where a cat was asked for, else -1: mean 1/3, variance 4/3, interval
-    4.303 sqrt(4/3) / sqrt(3) = 2.868. KL: ln 4 in the one state. beta 1/2 and log pi = 0 for cat,
-    ln 1e-30 = -69.0776 for the others. Margins: right, 69.0776 / 2; wrong, -ln 4 / 2; a tie. The
-    rewards: equal, wrong, wrong. True accuracy: 1 + 1/2 of two."""
-    pairs = [Pair([1], [1, 0], [2, 0]), Pair([1], [0], [1, 0]), Pair([1], [1, 0], [1, 0])]
-    texts = [Pair("cat", "dog", ""), Pair("dog", "cat", "dog"), Pair("cat", "dog", "cat")]
-    words = SimpleNamespace(eot_token=0, decode_single_token_bytes=[b"", b"cat"].__getitem__)
+    """A model that says "cat" for ever; its reference has 1/2, 1/4, 1/4 for EOS, cat, dog. Behind a
+    prompt of 10 the context has room for two tokens: "cat cat" earns 1 - 1 where a cat was asked
+    for, else -2: mean -2/3, variance 4/3, interval 4.303 sqrt(4/3) / sqrt(3) = 2.868. KL: ln 4 in
+    each state. beta 1/2 and log pi = 0 for cat, ln 1e-30 = -69.0776 for the others. Margins: right,
+    69.0776 / 2; wrong, -ln 4 / 2; a tie. By reward: equal, wrong, wrong. True accuracy: 1.5 / 2."""
+    pairs = [Pair([1] * 10, *ids) for ids in (([1, 0], [2, 0]), ([0], [1, 0]), ([1, 0], [1, 0]))]
+    texts = [Pair("red cat", "dog", ""), Pair("red dog", "cat", "dog"), Pair("cat", "dog", "cat")]
+    words = SimpleNamespace(eot_token=0, decode_single_token_bytes=[b"", b" cat"].__getitem__)
     model, ref, held_out = fixed(0.0, 1.0, 0.0), fixed(0.5, 0.25, 0.25), HeldOut(
-        pairs, texts, words, toy=True, samples=2, max_new_tokens=1, batch_size=2, seed=0)
-    expected = {"reward": 1 / 3, "pref_acc": 0.5, "true_acc": 0.75, "kl": math.log(4), "length": 1,
-                "pref_margin": (69.0776 - math.log(4)) / 6}
+        pairs, texts, words, toy=True, samples=2, max_new_tokens=3, batch_size=2, seed=0)
+    expected = {"reward": -2 / 3, "pref_acc": 0.5, "true_acc": 0.75, "kl": 2 * math.log(4),
+                "length": 2, "pref_margin": (69.0776 - math.log(4)) / 6}
     measured, curve = measure(model, ref, 0.5, held_out), Validation(ref, 0.5, held_out)(model)
     assert curve == pytest.approx({f"val_{name}": x for name, x in expected.items()}, abs=1e-3)
     assert measured["numbers"].items() >= {name[4:]: x for name, x in curve.items()}.items()
-    assert measured["reward"].tolist() == [1, -1, 1] and measured["numbers"]["pref_n"] == 3
+    assert measured["reward"].tolist() == [0, -2, 0] and measured["numbers"]["pref_n"] == 3
     assert measured["numbers"]["reward_ci"] == pytest.approx(2.868, abs=1e-3)
 
 
@@ -167,7 +167,6 @@ class Slopes:
     slopes: list
     begun: int = 1              # calls wait until so many have begun
     slow: int = -1              # the index that comes late
-
     def __post_init__(self):
         self.lengths, self.seen = [[10]] * len(self.slopes), []
         self.barrier = threading.Barrier(self.begun)
@@ -244,12 +243,13 @@ def test_parts_of_by_hand(lengths, most, sizes):
 def test_cut_by_hand():
     """Rows of 5, 2, 3, 2, 4 tokens, 16 in all. Sorted 2, 2, 3, 4, 5: the first three have 7 of 8
     tokens, four would have 11; 7 of 3 * 3 is too much padding, 9 of 2 * 5 is not. Of one index,
-    one thread or one index at a time there is no second half. Pairs are read two rows at a time,
-    short ones first: of 1, 9 and 2, 8 tokens 2 * 2 + 2 * 9 = 22 with padding."""
+    one thread or one index at a time there is no second half; of three at a time, each half has
+    one. Pairs are read two rows at a time, short ones first: of 1, 9 and 2, 8 tokens 4 + 18."""
     lengths = [[5], [2], [3], [2], [4]]
     assert cut(lengths, [0, 1, 2, 3, 4], 0, 2) == [[[1, 3], [2]], [[4, 0]]]
     assert cut(lengths, [2], 0, 2) == [[[2]]] and cut(lengths, [1, 3], 0, 1) == [[[1, 3]]]
     assert cut(lengths, [1, 3], 1, 2) == [[[1], [3]]] and padded([0, 1], [[1, 9], [2, 8]]) == 22
+    assert cut([[9]] * 4, [0, 1, 2, 3], 3, 2) == [[[0], [1]], [[2], [3]]]
     assert parts_of([0, 1, 2, 3], [[375, 375]] * 4, 4) == [[0, 1], [2, 3]]      # 1,500 at a time
 
 

@@ -125,15 +125,14 @@ def graded(tmp_path_factory):
 
 def test_assignment_keeps_the_task_and_drops_the_solution():
     """Docstrings, signatures, equations and helpers stay; a comment in a body, which could give
-    the solution away, goes with it. Graded is what tvkd.py has, in its order."""
+    the solution away, goes with it. The graded functions stand in tvkd.py's order."""
     source = exercise(SOURCE)
     module, lines = wrong.as_module(source), source.splitlines()
     assert module.__doc__ == tvkd.__doc__ and not hasattr(module, "_reward_margin")
     assert all(hasattr(module, name) for name in KEPT_HELPERS)
-    public = [node for node in ast.parse(source).body
-              if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-    assert [*[node.name for node in public], TOGETHER] == list(GRADED)
-    for node in public:
+    graded = [node for node in ast.parse(source).body if getattr(node, "name", "") in FUNCTIONS]
+    assert [*[node.name for node in graded], TOGETHER] == list(GRADED)
+    for node in graded:
         original, given = getattr(tvkd, node.name), getattr(module, node.name)
         assert inspect.signature(given) == inspect.signature(original)
         assert given.__doc__ == original.__doc__

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import data
 from data import Example, Pair, encode
 from harness.errors import UserError
 from harness import preferences
