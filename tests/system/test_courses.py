@@ -117,8 +117,7 @@ def graded(tmp_path_factory):
                              cwd=folder, text=True, capture_output=True,
                              env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.returncode == 0, process.stderr
-    return {file: Graded(folder, file, status)
-            for file, status in json.loads(process.stdout).items()}
+    return {file: Graded(folder, file, x) for file, x in json.loads(process.stdout).items()}
 
 
 # --- the assignment -----------------------------------------------------------------------------
@@ -136,8 +135,7 @@ def test_assignment_keeps_the_task_and_drops_the_solution():
         original, given = getattr(tvkd, node.name), getattr(module, node.name)
         assert inspect.signature(given) == inspect.signature(original)
         assert given.__doc__ == original.__doc__
-        assert lines[node.body[0].end_lineno:node.end_lineno] == [
-            "    raise NotImplementedError"]
+        assert lines[node.body[0].end_lineno:node.end_lineno] == ["    raise NotImplementedError"]
     assert {line for line in SOURCE.splitlines() if line.startswith("#")} <= set(lines)
     assert all(len(line) <= 100 for line in lines)
 
@@ -410,8 +408,7 @@ def test_mutants():
     mutants = mutate.mutants(SOURCE)
     assert len({mutant.source for mutant in mutants} | {SOURCE}) == len(mutants) + 1 > 60
     assert set(FUNCTIONS) <= {mutant.function for mutant in mutants}
-    lines = {line for mutant in mutants for line in (mutant.before, mutant.after)}
-    assert set(mutate.EQUIVALENT) <= lines
+    assert set(mutate.EQUIVALENT) <= {line for x in mutants for line in (x.before, x.after)}
 
 
 def test_mutants_of_two_lines():
