@@ -29,35 +29,18 @@ from harness.options import Config, parse_args
 from harness.progress import Progress, ctrl_c_held
 from harness.texts import load_task
 from model import GPT
-from small_run import TINY, log_of, refused, rows_of, write_pairs
+from small_run import (SMALL, bytes_of, ended, forked, log_of, main_after, refused, rows_of,
+                       write_pairs)
 
-OFTEN = [*TINY, "--save_interval=0"]        # a checkpoint after every step
+OFTEN = [*SMALL, "--save_interval=0"]        # a checkpoint after every step
 CPU = torch.device("cpu")
 
 
 # --- processes that die --------------------------------------------------------------------------
 
-def child(out, *options, before=lambda: None):
-    """train.main in a process of its own, after before() -> its exit status, -9 if it was killed.
-
-    What it prints is added to out.log.
-    """
-    pid = os.fork()
-    if pid == 0:
-        try:
-            signal.alarm(600)           # a process that waits for ever fails, and does not hang
-            with open(f"{out}.log", "a", encoding="utf-8") as printed:
-                os.dup2(printed.fileno(), 1)
-                os.dup2(printed.fileno(), 2)
-            sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", buffering=1)
-                                      for n in (1, 2))
-            before()
-            os._exit(train.main([*OFTEN, f"--out={out}", *options]))
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def child(out, *options, before=bool):
+    """train.main in a process of its own, after before(), printing to out.log -> its status."""
+    return ended(forked(f"{out}.log", main_after, before, *OFTEN, f"--out={out}", *options))
 
 
 def printed_by(out):
@@ -85,12 +68,10 @@ class AtFileEvent:
 class AfterStep:
     """Sends itself a signal after the at-th step of training, before anything else is done."""
 
-    def __init__(self, at, number, ignored=False):
-        self.at, self.number, self.ignored, self.after = at, number, ignored, Progress.after
+    def __init__(self, at, number):
+        self.at, self.number, self.after = at, number, Progress.after
 
     def __call__(self):
-        if self.ignored:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         Progress.after = lambda progress, *args: self.dying(progress, *args)
 
     def dying(self, progress, *args):
@@ -100,22 +81,10 @@ class AfterStep:
         self.after(progress, *args)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that nothing happened to; in this process, so that children find all imports made."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    assert train.main([*OFTEN, f"--out={out}"]) == 0
-    return out
-
-
 @pytest.fixture
-def out(whole, tmp_path):
-    """A copy of it."""
-    return shutil.copytree(whole, tmp_path / "copy")
-
-
-def bytes_of(out):
-    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+def whole(default_run):
+    """A run that nothing happened to; in this process, so that children find all imports made."""
+    return default_run.out
 
 
 def same_run(one, other):
@@ -164,18 +133,17 @@ def test_ctrl_c(whole, tmp_path):
 
 
 def test_ctrl_c_twice_stops_at_once():
+    """And none at all where Ctrl-C is ignored, as in what a script started in its background."""
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), ctrl_c_held() as pressed:
         os.kill(os.getpid(), signal.SIGINT)
         assert pressed == [True]
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_a_process_that_ignores_ctrl_c_trains_on(whole, tmp_path):
-    """As one that a script started in its background."""
-    assert child(tmp_path / "out", before=AfterStep(3, signal.SIGINT, ignored=True)) == 0
-    same_run(tmp_path / "out", whole)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with ctrl_c_held() as pressed:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert pressed == [] and signal.signal(signal.SIGINT, before) == signal.SIG_IGN
 
 
 # --- whose folder it is --------------------------------------------------------------------------
@@ -232,9 +200,10 @@ def test_nothing_is_computed_twice(whole, out, capsys):
     same_run(out, whole)
 
 
-def test_a_changed_byte_is_noticed(whole, out, capsys):
+def test_a_changed_file_is_noticed(whole, out, capsys):
     """One bit of every kept file, in its middle or in its last byte: rebuilt, to the same bytes. A
-    pipe in place of one is not opened."""
+    pipe is not opened. Rebuilt as well are plain values that no run wrote, with a right checksum;
+    pickles are refused by load_safely (tests/system/test_weights.py)."""
     paths = sorted((out / "seed0").glob("*.pt"))
     assert len(paths) == 8 + 5 + 7 + 2                  # before the methods, methods, rows, psi
     for i, path in enumerate(paths):
@@ -243,10 +212,15 @@ def test_a_changed_byte_is_noticed(whole, out, capsys):
         path.write_bytes(raw)
     paths[3].unlink()
     os.mkfifo(paths[3])
+    for path, crafted in zip(paths, ([1], {"key": 1}, {"key": "[1]"})):
+        torch.save(crafted, path)
+        raw = path.read_bytes()
+        path.write_bytes(raw + hashlib.sha256(raw).hexdigest().encode())
     assert train.main([*OFTEN, f"--out={out}"]) == 0
     printed = capsys.readouterr().out
+    assert printed.count(": expected a file as a run wrote it, got other bytes; ") == len(paths) - 3
     for path in paths:
-        assert printed.count(f"{path}: expected a file as a run wrote it, got other bytes; ") == 1
+        assert printed.count(f"; {path.name} rebuilt\n") == 1
     same_run(out, whole)
 
 
@@ -466,19 +440,6 @@ def test_modules_of_ones_own_count(project):
     before = code.reached(["fit"])
     edit(project, "yours.py", "1", "2")
     assert dict(code.reached(["fit"]).items() - before.items()).keys() == {"g"}
-
-
-# --- files that no run wrote ---------------------------------------------------------------------
-
-@pytest.mark.parametrize("content", [[1], {"key": 1}, {"key": "[1]"}])
-def test_plain_values_that_no_run_wrote(whole, out, content):
-    """With a right checksum. Pickles are refused by load_safely: tests/system/test_weights.py."""
-    path = out / "seed0" / "dpo.pt"
-    torch.save(content, path)
-    raw = path.read_bytes()
-    path.write_bytes(raw + hashlib.sha256(raw).hexdigest().encode())
-    assert train.main([*OFTEN, f"--out={out}"]) == 0
-    same_run(out, whole)
 
 
 # --- no room -------------------------------------------------------------------------------------
