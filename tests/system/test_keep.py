@@ -7,6 +7,7 @@ training that is counted, and by itself.
 import errno
 import hashlib
 import itertools
+import json
 import os
 import resource
 import shutil
@@ -231,12 +232,10 @@ CHANGES = {"methods": "bc,dpo,tvkd", "seed": 1, "beta": 0.5, "value": "logits", 
            "max_new_tokens": 4}
 SAME = ("data", "out", "seeds", "device", "ask", "score", "export", "tokens", "tokenizer",
         "teacher_init", "student_init", "teacher", "skip_bad")
-QUICK = ("log_interval", "max_new_tokens")
 
 
-@pytest.mark.parametrize("name", [
-    f.name if f.name in QUICK else pytest.param(f.name, marks=pytest.mark.slow)
-    for f in fields(Config) if f.name not in SAME])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f.name for f in fields(Config) if f.name not in SAME])
 def test_no_option_leaves_anything_stale(out, tmp_path, name):
     """Each option but SAME changed, in the folder of the run without it: the rows and the log of a
     run in an empty folder."""
@@ -249,12 +248,19 @@ def test_no_option_leaves_anything_stale(out, tmp_path, name):
     assert log_of(out) == log_of(tmp_path / "fresh")
 
 
-def test_scores_of_models_that_changed(out, capsys):
-    """More samples change no model; another learning rate of bc does. The file stays."""
+def test_what_another_option_replaces(out, capsys):
+    """Said before training; the old rows stay in results.json, and scores.jsonl stays. It is old
+    where models have changed: more samples change none, another learning rate of bc does."""
     (out / "scores.jsonl").write_text("x", encoding="utf-8")
-    for option, said in (("--samples=2", False), ("--distill_lr=1", True)):
-        assert train.main([*OFTEN, f"--out={out}", option]) == 0
-        assert ("scores.jsonl is of bc, kd as they" in capsys.readouterr().out) is said
+    old = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    for options, was, stale in ((["--samples=3"], "--samples=2", False),
+                                (["--samples=3", "--distill_lr=1"], "--distill_lr=0.01", True)):
+        assert train.main([*SMALL, f"--out={out}", *options]) == 0
+        printed = capsys.readouterr().out
+        assert f"{out}: replaces the results of a run with {was}; " in printed
+        assert ("scores.jsonl is of bc, kd as they" in printed) is stale
+    earlier = json.loads((out / "results.json").read_text(encoding="utf-8"))["earlier"]
+    assert len(earlier) == 2 and earlier[0] == {"config": old["config"], "rows": old["rows"]}
     assert (out / "scores.jsonl").read_text(encoding="utf-8") == "x"
 
 
@@ -355,11 +361,11 @@ def with_other_rejected(task):
 
 
 def test_what_an_option_or_other_data_make_again(whole):
-    """Fine-tuning never reads the rejected responses."""
-    for name in ("alpha", "gamma"):
-        assert remade(whole, f"--{name}=0.5") == TVKD
-    assert remade(whole, "--samples=2") == ROWS
-    assert remade(whole, "--eval_interval=3") == ALL
+    """Fine-tuning never reads the rejected responses, nor answers that it samples."""
+    for option, expected in (("alpha=0.5", TVKD), ("gamma=0.5", TVKD), ("samples=3", ROWS),
+                             ("log_interval=2", ALL), ("eval_interval=3", ALL),
+                             ("max_new_tokens=4", DPO | ROWS)):
+        assert remade(whole, f"--{option}") == expected, option
     assert remade(whole, change=with_other_rejected) == ALL - SFT
 
 

@@ -20,10 +20,11 @@ from conftest import ROOT
 from data import Example, Pair, collate
 from harness import evaluate, keep, outcome
 from harness.errors import UserError
-from harness.options import in_bfloat16
+from harness.options import in_bfloat16, parse_args
 from harness.steps import gradient, in_all, joined_processes, rank_and_world
+from harness.texts import load_task
 from model import GPT, GPTConfig, response_logps
-from small_run import TINY, log_of, rows_of, run
+from small_run import TINY, ended, forked, log_of, rows_of
 from test_keep import AfterStep
 
 CPU = torch.device("cpu")
@@ -51,32 +52,11 @@ def every_loss():
             "soft": train.SoftDPO(pairs, logps - 20, 0.5, psi)}
 
 
-def plain_gradient(loss):
-    """Of the mean over the whole batch, in one call."""
-    model = small_model(0)
-    sums = loss(model, IDS)
-    (sums["loss"] / sums["n"]).backward()
-    return [parameter.grad for parameter in model.parameters()]
-
-
 def same_gradient(got, expected):
     """Up to rounding in float64: 1e-16 for each of some thousand terms, relative to the norm."""
     norm = sum(g.square().sum() for g in expected).sqrt()
     for one, other in zip(got, expected, strict=True):
         assert (one - other).abs().max() <= 1e-12 * norm
-
-
-@pytest.mark.parametrize("threads, micro_batch", [(1, 0), (1, 1), (1, 3), (2, 0), (2, 3)])
-@pytest.mark.parametrize("name", every_loss())
-def test_parts_have_the_gradient_of_the_batch(name, threads, micro_batch):
-    """Whole, a pair at a time and three at a time; in one thread, and in halves for two."""
-    model, loss = small_model(0), every_loss()[name]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    total = gradient(model, loss, IDS, micro_batch)
-    torch.set_num_threads(before)
-    same_gradient([parameter.grad for parameter in model.parameters()], plain_gradient(loss))
-    assert total["loss"] == pytest.approx(loss(model, IDS)["loss"].item(), rel=1e-6)    # float32
 
 
 # --- processes -----------------------------------------------------------------------------------
@@ -89,21 +69,14 @@ def two_processes(out, work, *args):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    pids = [os.fork() or run_as(rank, port, out, work, args) for rank in (0, 1)]
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    pids = [forked(f"{out}.{rank}", as_torchrun, rank, port, work, out, *args) for rank in (0, 1)]
+    return [ended(pid) for pid in pids]
 
 
-def run_as(rank, port, out, work, args):
-    try:
-        signal.alarm(600)               # a process that waits for ever fails, and does not hang
-        sys.stdout = sys.stderr = open(f"{out}.{rank}", "w", encoding="utf-8", buffering=1)
-        os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                       "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        os._exit(work(rank, out, *args))
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        os._exit(99)
+def as_torchrun(rank, port, work, *args):
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                   "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return work(rank, *args)
 
 
 def save_gradients(rank, out):
@@ -218,7 +191,7 @@ def test_bfloat16_is_asked_for_only_where_it_is(monkeypatch):
         assert not in_bfloat16("float32", torch.device("cuda"))
 
 
-def test_bfloat16_keeps_log_probs_in_float32(tmp_path):
+def test_bfloat16_keeps_log_probs_in_float32():
     """Products in the blocks have 8 bits: log-probs are float32 and differ by some 1/256 of their
     size. All models of a run with --precision=bfloat16 are such, and step 0 allows for it."""
     torch.manual_seed(0)
@@ -231,6 +204,6 @@ def test_bfloat16_keeps_log_probs_in_float32(tmp_path):
     rounded = response_logps(model, tokens, mask)
     assert inside == [torch.bfloat16] and rounded.dtype == model.lm_head.weight.dtype
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.1
-    run(tmp_path, "--methods=dpo", "--precision=bfloat16", sizes=TINY)
-    for stage in ("teacher-sft", "student-sft", "dpo"):
-        assert keep.read(tmp_path / "seed0" / f"{stage}.pt")["config"]["bfloat16"] is True
+    config = parse_args([*TINY, "--methods=dpo", "--precision=bfloat16"], train.METHODS)
+    models = train.experiment(config, 0, load_task(config, 0), CPU, keep.Keep(None, CPU))
+    assert [m.config.bfloat16 for pair in models.values() for m in pair[:2]] == [True] * 6
