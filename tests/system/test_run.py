@@ -439,8 +439,8 @@ def test_ctrl_c_again_and_again_while_the_command_ends(tmp_path):
 
 @pytest.mark.slow
 def test_as_a_command(tmp_path):
-    """python train.py in a shell: in ASCII, into a folder whose name is no text, with >&-, in a
-    deleted folder. Warnings are errors, so no file stays open. On the CPU it never asks for CUDA."""
+    """python train.py in a shell: in ASCII, into a folder whose name is no text, with >&-, from a
+    deleted folder. Warnings are errors, so no file stays open. On a CPU nobody asks for CUDA."""
     command = [sys.executable, "-W", "error", str(ROOT / "train.py"), *TINY, "--methods=tvkd"]
     out, ascii_only = f"{tmp_path}/\udcff", {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([*command, f"--out={out}"], capture_output=True, env=ascii_only)
