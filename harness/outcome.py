@@ -59,6 +59,7 @@ class Outcome:
                             *models["teacher"], test)
                  for kind, terminal in kinds.items() if kind != "given"]
         self.rows, self.shown = self.rows + rows, self.shown + shown
+        self.prompt = task.texts.train[0].prompt
         trained = {label: model for label, (model, _, _) in models.items()}
         sft = {"teacher-sft": models["teacher"][1]} if "teacher" in models else {}
         self.models[str(keep.seed)] = {"tokenizer": keep.describe("x", task.tokenizer)["x"], **{
@@ -82,7 +83,7 @@ class Outcome:
             "config": {k: printable(x) if isinstance(x, str) else x for k, x in config.items()},
             "rows": [row.flat() for row in self.rows],
             "pairs": [pair for pairs in self.shown for pair in pairs],
-            "models": self.models, "earlier": self.earlier,
+            "models": self.models, "earlier": self.earlier, "prompt_looked_like": self.prompt,
             "made": {"torch": torch.__version__, "device": str(self.keep.device),
                      "threads": torch.get_num_threads()}}), parse_constant=lambda constant: None)
         log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()

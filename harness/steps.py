@@ -26,8 +26,8 @@ def gradient(model, loss, ids, micro_batch=0):
     """Fill .grad with the gradient of the mean loss over the batch -> the sums of the loss over it.
 
     loss, ids: as train.py describes them; micro_batch: how many indices may be in memory at a time,
-    0 for all. The loss gives sums and we divide once by "n", because the parts are of unequal size:
-    the mean of their means would be another number.
+    0: as fits best. The loss gives sums and we divide once by "n", because the parts are of unequal
+    size: the mean of their means would be another number.
     """
     rank, world = rank_and_world()
     share = ids[rank::world]
