@@ -3,9 +3,13 @@
     pytest --impl=my_tvkd.py        grade another tvkd.py; the grader is course/grader.py
 """
 
+import contextlib
+import io
+import shutil
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +54,22 @@ def pytest_configure(config):
 def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse_network)
     monkeypatch.setattr(socket, "create_connection", refuse_network)
+
+
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory):
+    """One run with the options of SMALL, to read only: folder, rows, log and what it printed."""
+    from small_run import run
+    out, printed = tmp_path_factory.mktemp("default") / "out", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        rows, log = run(out)
+    return SimpleNamespace(out=out, rows=rows, log=log, printed=printed.getvalue())
+
+
+@pytest.fixture
+def out(default_run, tmp_path):
+    """A copy of its folder."""
+    return shutil.copytree(default_run.out, tmp_path / "runs" / "out")
 
 
 def refuse_network(*args, **kwargs):

@@ -1,8 +1,11 @@
 """The smallest run of train.py that goes through every stage: a second or two."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import sys
 
 import train
 
@@ -49,6 +52,39 @@ def refused(capsys, *options):
     assert printed.err.startswith("train.py: ") and printed.err.count("\n") == 1, printed.err
     assert printed.err[:-1].isprintable()
     return printed.err
+
+
+def forked(printed, work, *args):
+    """Start work(*args) in a process of its own, which adds what it prints to a file -> its id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.alarm(600)           # a process that waits for ever fails, and does not hang
+            with open(printed, "a", encoding="utf-8") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", buffering=1, closefd=False)
+                                      for n in (1, 2))
+            os._exit(work(*args))
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(99)
+    return pid
+
+
+def ended(pid):
+    """The exit status of a process, -9 if it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def main_after(before, *options):
+    before()
+    return train.main(list(options))
+
+
+def bytes_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def write_pairs(path, pairs):

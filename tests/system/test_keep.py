@@ -7,12 +7,14 @@ training that is counted, and by itself.
 import errno
 import hashlib
 import itertools
+import json
 import os
 import resource
 import shutil
 import signal
 import sys
 from dataclasses import dataclass, fields
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -29,93 +31,51 @@ from harness.options import Config, parse_args
 from harness.progress import Progress, ctrl_c_held
 from harness.texts import load_task
 from model import GPT
-from small_run import TINY, log_of, refused, rows_of, write_pairs
+from small_run import (SMALL, bytes_of, ended, forked, log_of, main_after, refused, rows_of,
+                       write_pairs)
 
-OFTEN = [*TINY, "--save_interval=0"]        # a checkpoint after every step
+OFTEN = [*SMALL, "--save_interval=0"]        # a checkpoint after every step
 CPU = torch.device("cpu")
 
 
 # --- processes that die --------------------------------------------------------------------------
 
-def child(out, *options, before=lambda: None):
-    """train.main in a process of its own, after before() -> its exit status, -9 if it was killed.
-
-    What it prints is added to out.log.
-    """
-    pid = os.fork()
-    if pid == 0:
-        try:
-            signal.alarm(600)           # a process that waits for ever fails, and does not hang
-            with open(f"{out}.log", "a", encoding="utf-8") as printed:
-                os.dup2(printed.fileno(), 1)
-                os.dup2(printed.fileno(), 2)
-            sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", buffering=1)
-                                      for n in (1, 2))
-            before()
-            os._exit(train.main([*OFTEN, f"--out={out}", *options]))
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def child(out, *options, before=bool):
+    """train.main in a process of its own, after before(), printing to out.log -> its status."""
+    return ended(forked(f"{out}.log", main_after, before, *OFTEN, f"--out={out}", *options))
 
 
 def printed_by(out):
     return Path(f"{out}.log").read_text(encoding="utf-8")
 
 
-class AtFileEvent:
-    """Called as before() in a child: kills it when it is about to open, rename, remove or create
-    the at-th file of --out."""
-
-    def __init__(self, at, out):
-        self.at, self.out, self.count = at, str(out), 0
-
-    def __call__(self):
-        sys.addaudithook(self.hook)
-
-    def hook(self, event, args):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir") \
-                and str(args[0]).startswith(f"{self.out}/"):
-            self.count += 1
-            if self.count == self.at:
-                os.kill(os.getpid(), signal.SIGKILL)
+def kill_at(at, out):
+    """As before(): dies when it is about to open, rename, remove or create the at-th file of out.
+    """
+    sys.addaudithook(partial(at_event, at, f"{out}/", itertools.count(1)))
 
 
-class AfterStep:
-    """Sends itself a signal after the at-th step of training, before anything else is done."""
-
-    def __init__(self, at, number, ignored=False):
-        self.at, self.number, self.ignored, self.after = at, number, ignored, Progress.after
-
-    def __call__(self):
-        if self.ignored:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        Progress.after = lambda progress, *args: self.dying(progress, *args)
-
-    def dying(self, progress, *args):
-        self.at -= 1
-        if self.at == 0:
-            os.kill(os.getpid(), self.number)
-        self.after(progress, *args)
+def at_event(at, folder, count, event, args):
+    if event in ("open", "os.rename", "os.remove", "os.mkdir") \
+            and str(args[0]).startswith(folder) and next(count) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that nothing happened to; in this process, so that children find all imports made."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    assert train.main([*OFTEN, f"--out={out}"]) == 0
-    return out
+def signal_after(at, number):
+    """As before(): gets a signal after the at-th step of training, before anything else is done."""
+    Progress.after = partialmethod(at_step, at, number, itertools.count(1), Progress.after)
+
+
+def at_step(progress, at, number, count, after, *args):
+    if next(count) == at:
+        os.kill(os.getpid(), number)
+    after(progress, *args)
 
 
 @pytest.fixture
-def out(whole, tmp_path):
-    """A copy of it."""
-    return shutil.copytree(whole, tmp_path / "copy")
-
-
-def bytes_of(out):
-    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+def whole(default_run):
+    """A run that nothing happened to; in this process, so that children find all imports made."""
+    return default_run.out
 
 
 def same_run(one, other):
@@ -135,7 +95,7 @@ def test_killed_at_file_events(whole, tmp_path):
     points of the run; the .lock that all of them left blocked none."""
     out, stages, statuses = tmp_path / "out", set(), []
     for at in itertools.count(3, 7):
-        statuses.append(child(out, before=AtFileEvent(at, out)))
+        statuses.append(child(out, before=partial(kill_at, at, out)))
         if statuses[-1] == 0:
             break
         assert statuses[-1] == -signal.SIGKILL and len(statuses) < 40, printed_by(out)
@@ -150,11 +110,11 @@ def test_ctrl_c(whole, tmp_path):
     The same command says what it goes on from. Killed later, it has the lines of before in its log.
     """
     out, rare = tmp_path / "out", "--save_interval=1000"
-    assert child(out, rare, before=AfterStep(3, signal.SIGINT)) == 130
+    assert child(out, rare, before=partial(signal_after, 3, signal.SIGINT)) == 130
     assert "stopping after this step" in printed_by(out)
     assert "train.py: stopped; the same command " in printed_by(out)
     assert keep.read(out / "seed0" / "teacher-sft.pt.partial")["step"] == 3
-    assert child(out, rare, before=AfterStep(4, signal.SIGKILL)) == -signal.SIGKILL
+    assert child(out, rare, before=partial(signal_after, 4, signal.SIGKILL)) == -signal.SIGKILL
     assert "teacher-sft: resumed at step 3" in printed_by(out)
     steps = [(line["stage"], line["step"]) for line in log_of(out)]
     assert steps == [("teacher-sft", step) for step in (1, 2, 3, 4)] + [
@@ -164,25 +124,25 @@ def test_ctrl_c(whole, tmp_path):
 
 
 def test_ctrl_c_twice_stops_at_once():
+    """And none at all where Ctrl-C is ignored, as in what a script started in its background."""
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), ctrl_c_held() as pressed:
         os.kill(os.getpid(), signal.SIGINT)
         assert pressed == [True]
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_a_process_that_ignores_ctrl_c_trains_on(whole, tmp_path):
-    """As one that a script started in its background."""
-    assert child(tmp_path / "out", before=AfterStep(3, signal.SIGINT, ignored=True)) == 0
-    same_run(tmp_path / "out", whole)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with ctrl_c_held() as pressed:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert pressed == [] and signal.signal(signal.SIGINT, before) == signal.SIG_IGN
 
 
 # --- whose folder it is --------------------------------------------------------------------------
 
 def test_two_runs_in_one_folder(whole, out, tmp_path, capsys):
     """While one holds the folder, a second one ends with exit code 2 and changes nothing. In one
-    process a run after a run, failed or not, is free to go on."""
+    process a run after a run that failed is free to go on, and nothing is computed twice: eight
+    stages of training are kept."""
     before, held = bytes_of(out), lock(out)
     pairs = write_pairs(tmp_path / "pairs.jsonl", [Pair("a", "b", "c")])
     for command in ([*OFTEN, "--teacher_sft_lr=1"], [f"--score={pairs}", "--device=cpu"]):
@@ -190,8 +150,12 @@ def test_two_runs_in_one_folder(whole, out, tmp_path, capsys):
             capsys, *command, f"--out={out}")
     assert bytes_of(out) == before
     held.close()
-    for options, status in ((["--teacher_sft_lr=1e6", "--teacher_sft_steps=40"], 1), ([], 0)):
-        assert train.main([*OFTEN, f"--out={out}", *options]) == status
+    assert train.main([*OFTEN, f"--out={out}", "--teacher_sft_lr=1e6",
+                       "--teacher_sft_steps=40"]) == 1
+    capsys.readouterr()
+    assert train.main([*OFTEN, f"--out={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(": kept in ") == 8 and "rebuilt" not in printed and " loss " not in printed
     same_run(out, whole)
 
 
@@ -223,18 +187,10 @@ def test_a_pipe_in_out_is_not_opened(out, capsys, name):
 
 # --- what is made again --------------------------------------------------------------------------
 
-def test_nothing_is_computed_twice(whole, out, capsys):
-    """The same command again: eight stages of training are kept, and nothing is trained."""
-    assert train.main([*OFTEN, f"--out={out}"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count(": kept in ") == 8
-    assert "rebuilt" not in printed and " loss " not in printed
-    same_run(out, whole)
-
-
-def test_a_changed_byte_is_noticed(whole, out, capsys):
+def test_a_changed_file_is_noticed(whole, out, capsys):
     """One bit of every kept file, in its middle or in its last byte: rebuilt, to the same bytes. A
-    pipe in place of one is not opened."""
+    pipe is not opened. Rebuilt as well are plain values that no run wrote, with a right checksum;
+    pickles are refused by load_safely (tests/system/test_weights.py)."""
     paths = sorted((out / "seed0").glob("*.pt"))
     assert len(paths) == 8 + 5 + 7 + 2                  # before the methods, methods, rows, psi
     for i, path in enumerate(paths):
@@ -243,10 +199,15 @@ def test_a_changed_byte_is_noticed(whole, out, capsys):
         path.write_bytes(raw)
     paths[3].unlink()
     os.mkfifo(paths[3])
+    for path, crafted in zip(paths, ([1], {"key": 1}, {"key": "[1]"})):
+        torch.save(crafted, path)
+        raw = path.read_bytes()
+        path.write_bytes(raw + hashlib.sha256(raw).hexdigest().encode())
     assert train.main([*OFTEN, f"--out={out}"]) == 0
     printed = capsys.readouterr().out
+    assert printed.count(": expected a file as a run wrote it, got other bytes; ") == len(paths) - 3
     for path in paths:
-        assert printed.count(f"{path}: expected a file as a run wrote it, got other bytes; ") == 1
+        assert printed.count(f"; {path.name} rebuilt\n") == 1
     same_run(out, whole)
 
 
@@ -257,12 +218,10 @@ CHANGES = {"methods": "bc,dpo,tvkd", "seed": 1, "beta": 0.5, "value": "logits", 
            "max_new_tokens": 4}
 SAME = ("data", "out", "seeds", "device", "ask", "score", "export", "tokens", "tokenizer",
         "teacher_init", "student_init", "teacher", "skip_bad")
-QUICK = ("log_interval", "max_new_tokens")
 
 
-@pytest.mark.parametrize("name", [
-    f.name if f.name in QUICK else pytest.param(f.name, marks=pytest.mark.slow)
-    for f in fields(Config) if f.name not in SAME])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f.name for f in fields(Config) if f.name not in SAME])
 def test_no_option_leaves_anything_stale(out, tmp_path, name):
     """Each option but SAME changed, in the folder of the run without it: the rows and the log of a
     run in an empty folder."""
@@ -275,12 +234,19 @@ def test_no_option_leaves_anything_stale(out, tmp_path, name):
     assert log_of(out) == log_of(tmp_path / "fresh")
 
 
-def test_scores_of_models_that_changed(out, capsys):
-    """More samples change no model; another learning rate of bc does. The file stays."""
+def test_what_another_option_replaces(out, capsys):
+    """Said before training; the old rows stay in results.json, and scores.jsonl stays. It is old
+    where models have changed: more samples change none, another learning rate of bc does."""
     (out / "scores.jsonl").write_text("x", encoding="utf-8")
-    for option, said in (("--samples=2", False), ("--distill_lr=1", True)):
-        assert train.main([*OFTEN, f"--out={out}", option]) == 0
-        assert ("scores.jsonl is of bc, kd as they" in capsys.readouterr().out) is said
+    old = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    for options, was, stale in ((["--samples=3"], "--samples=2", False),
+                                (["--samples=3", "--distill_lr=1"], "--distill_lr=0.01", True)):
+        assert train.main([*SMALL, f"--out={out}", *options]) == 0
+        printed = capsys.readouterr().out
+        assert f"{out}: replaces the results of a run with {was}; " in printed
+        assert ("scores.jsonl is of bc, kd as they" in printed) is stale
+    earlier = json.loads((out / "results.json").read_text(encoding="utf-8"))["earlier"]
+    assert len(earlier) == 2 and earlier[0] == {"config": old["config"], "rows": old["rows"]}
     assert (out / "scores.jsonl").read_text(encoding="utf-8") == "x"
 
 
@@ -381,11 +347,11 @@ def with_other_rejected(task):
 
 
 def test_what_an_option_or_other_data_make_again(whole):
-    """Fine-tuning never reads the rejected responses."""
-    for name in ("alpha", "gamma"):
-        assert remade(whole, f"--{name}=0.5") == TVKD
-    assert remade(whole, "--samples=2") == ROWS
-    assert remade(whole, "--eval_interval=3") == ALL
+    """Fine-tuning never reads the rejected responses, nor answers that it samples."""
+    for option, expected in (("alpha=0.5", TVKD), ("gamma=0.5", TVKD), ("samples=3", ROWS),
+                             ("log_interval=2", ALL), ("eval_interval=3", ALL),
+                             ("max_new_tokens=4", DPO | ROWS)):
+        assert remade(whole, f"--{option}") == expected, option
     assert remade(whole, change=with_other_rejected) == ALL - SFT
 
 
@@ -466,19 +432,6 @@ def test_modules_of_ones_own_count(project):
     before = code.reached(["fit"])
     edit(project, "yours.py", "1", "2")
     assert dict(code.reached(["fit"]).items() - before.items()).keys() == {"g"}
-
-
-# --- files that no run wrote ---------------------------------------------------------------------
-
-@pytest.mark.parametrize("content", [[1], {"key": 1}, {"key": "[1]"}])
-def test_plain_values_that_no_run_wrote(whole, out, content):
-    """With a right checksum. Pickles are refused by load_safely: tests/system/test_weights.py."""
-    path = out / "seed0" / "dpo.pt"
-    torch.save(content, path)
-    raw = path.read_bytes()
-    path.write_bytes(raw + hashlib.sha256(raw).hexdigest().encode())
-    assert train.main([*OFTEN, f"--out={out}"]) == 0
-    same_run(out, whole)
 
 
 # --- no room -------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -20,11 +21,12 @@ from conftest import ROOT
 from data import Example, Pair, collate
 from harness import evaluate, keep, outcome
 from harness.errors import UserError
-from harness.options import in_bfloat16
+from harness.options import in_bfloat16, parse_args
 from harness.steps import gradient, in_all, joined_processes, rank_and_world
+from harness.texts import load_task
 from model import GPT, GPTConfig, response_logps
-from small_run import TINY, log_of, rows_of, run
-from test_keep import AfterStep
+from small_run import TINY, ended, forked, log_of, rows_of
+from test_keep import printed_by, signal_after
 
 CPU = torch.device("cpu")
 IDS = [4, 0, 8, 2, 5, 6, 1, 3, 7]       # 9 indices: halves and parts are of unequal size
@@ -37,26 +39,14 @@ def small_model(seed):
     return GPT(GPTConfig(11, 24, 2, 2, 8)).double()
 
 
-def every_loss():
-    """name -> a loss of 9 pairs, whose responses have 1 to 17 tokens."""
+def losses():
+    """A mean over tokens and one over pairs: 9 pairs, whose responses have 1 to 17 tokens."""
     draw = torch.Generator().manual_seed(0)
-    pairs = [Pair(*(torch.randint(11, (n,), generator=draw).tolist() for n in (1 + i % 3, 1 + i,
-                                                                                17 - 2 * i)))
-             for i in range(9)]
+    pairs = [Pair(*(torch.randint(11, (n,), generator=draw).tolist()
+                    for n in (1 + i % 3, 1 + i, 17 - 2 * i))) for i in range(9)]
     psi, logps = torch.randn(2, 2, 9, generator=draw, dtype=torch.double)
-    return {"bc": train.Likelihood([(Example(*pair[:2]), Example(pair.prompt, pair.rejected))
-                                    for pair in pairs]),
-            "kd": train.KD(pairs, small_model(1)), "dpo": train.DPO(pairs, logps - 20, 0.5),
-            "tvkd": train.TVKD(pairs, logps - 20, 0.5, psi, 2.0),
-            "soft": train.SoftDPO(pairs, logps - 20, 0.5, psi)}
-
-
-def plain_gradient(loss):
-    """Of the mean over the whole batch, in one call."""
-    model = small_model(0)
-    sums = loss(model, IDS)
-    (sums["loss"] / sums["n"]).backward()
-    return [parameter.grad for parameter in model.parameters()]
+    return {"kd": train.KD(pairs, small_model(1)),
+            "tvkd": train.TVKD(pairs, logps - 20, 0.5, psi, 2.0)}
 
 
 def same_gradient(got, expected):
@@ -66,51 +56,32 @@ def same_gradient(got, expected):
         assert (one - other).abs().max() <= 1e-12 * norm
 
 
-@pytest.mark.parametrize("threads, micro_batch", [(1, 0), (1, 1), (1, 3), (2, 0), (2, 3)])
-@pytest.mark.parametrize("name", every_loss())
-def test_parts_have_the_gradient_of_the_batch(name, threads, micro_batch):
-    """Whole, a pair at a time and three at a time; in one thread, and in halves for two."""
-    model, loss = small_model(0), every_loss()[name]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    total = gradient(model, loss, IDS, micro_batch)
-    torch.set_num_threads(before)
-    same_gradient([parameter.grad for parameter in model.parameters()], plain_gradient(loss))
-    assert total["loss"] == pytest.approx(loss(model, IDS)["loss"].item(), rel=1e-6)    # float32
-
-
 # --- processes -----------------------------------------------------------------------------------
 
 def two_processes(out, work, *args):
     """work(rank, out, *args) in two processes as torchrun starts them -> their exit statuses.
 
-    What process RANK prints goes to out.RANK.
+    What process RANK prints goes to out.RANK.log.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    pids = [os.fork() or run_as(rank, port, out, work, args) for rank in (0, 1)]
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    pids = [forked(f"{out}.{rank}.log", as_torchrun, rank, port, work, out, *args)
+            for rank in (0, 1)]
+    return [ended(pid) for pid in pids]
 
 
-def run_as(rank, port, out, work, args):
-    try:
-        signal.alarm(600)               # a process that waits for ever fails, and does not hang
-        sys.stdout = sys.stderr = open(f"{out}.{rank}", "w", encoding="utf-8", buffering=1)
-        os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                       "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        os._exit(work(rank, out, *args))
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        os._exit(99)
+def as_torchrun(rank, port, work, *args):
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                   "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return work(rank, *args)
 
 
 def save_gradients(rank, out):
     """Of a batch of 9, and of one of a single pair, of which the second process gets nothing."""
     with joined_processes(CPU):
         found = {}
-        for name, loss in every_loss().items():
+        for name, loss in losses().items():
             for ids in (IDS, IDS[:1]):
                 model = small_model(0)
                 total = gradient(model, loss, ids, 3)
@@ -122,10 +93,10 @@ def save_gradients(rank, out):
 def test_two_processes_have_the_gradient_of_the_batch(tmp_path):
     """Both of them the same sums, and the gradient of one process without micro-batches."""
     out = tmp_path / "out"
-    assert two_processes(out, save_gradients) == [0, 0], printed_by(out, 0) + printed_by(out, 1)
+    assert two_processes(out, save_gradients) == [0, 0], printed_by(f"{out}.0")
     first, second = (torch.load(f"{out}.{rank}.pt") for rank in (0, 1))
     for (name, n), (total, gradients) in first.items():
-        model, loss = small_model(0), every_loss()[name]
+        model, loss = small_model(0), losses()[name]
         expected = gradient(model, loss, IDS[:n])
         same_gradient(gradients, [parameter.grad for parameter in model.parameters()])
         assert total == pytest.approx(expected, rel=1e-6) and second[name, n][0] == total
@@ -142,27 +113,20 @@ def train_on(rank, out, *options, before=None):
 
 
 def train_until(rank, out, number):
-    return train_on(rank, out, before=AfterStep(3, number))
-
-
-def printed_by(out, rank):
-    return open(f"{out}.{rank}", encoding="utf-8").read()
+    return train_on(rank, out, before=partial(signal_after, 3, number))
 
 
 def test_two_processes_train(tmp_path):
     """9 student pairs in batches of 8 and 1, so that one process is left without. The first alone
-    prints, evaluates and writes. The same command keeps all; one process keeps nothing, because it
-    adds up in another order."""
+    prints, evaluates and writes. The same command keeps all."""
     options, out = ("--student_pairs=9", "--methods=dpo"), tmp_path / "out"
     for _ in range(2):
-        assert two_processes(out, train_on, *options) == [0, 0], printed_by(out, 1)
-    printed = printed_by(out, 0)
+        assert two_processes(out, train_on, *options) == [0, 0], printed_by(f"{out}.1")
+    printed = printed_by(f"{out}.0")
     assert printed.count(": kept in ") == 4 and "rebuilt" not in printed and "seed 0" in printed
-    assert printed_by(out, 1) == ""
+    assert printed_by(f"{out}.1") == ""
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4] * 4
-    assert keep.read(out / "seed0" / "dpo.pt")["key"]["processes"] == 2
-    assert train.main([*TINY, f"--out={out}", *options]) == 0
-    assert keep.read(out / "seed0" / "dpo.pt")["key"]["processes"] == 1
+    assert keep.read(out / "seed0" / "dpo.pt")["key"]["processes"] == 2     # one keeps none of it
 
 
 def test_what_ends_one_process_ends_all(tmp_path):
@@ -203,22 +167,18 @@ def test_torchrun(tmp_path):
 
 # --- precision -----------------------------------------------------------------------------------
 
-def nobody(*_):
-    raise AssertionError("CUDA was asked")
-
-
 def test_bfloat16_is_asked_for_only_where_it_is(monkeypatch):
     """auto: on CUDA that supports it. On a CPU only by name, and CUDA is not even asked there."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", nobody)
+    monkeypatch.delattr(torch.cuda, "is_bf16_supported")        # to ask is an error
     assert [in_bfloat16(precision, CPU) for precision in ("auto", "float32", "bfloat16")] == [
         False, False, True]
     for supported in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported, False)
         assert in_bfloat16("auto", torch.device("cuda")) == supported
         assert not in_bfloat16("float32", torch.device("cuda"))
 
 
-def test_bfloat16_keeps_log_probs_in_float32(tmp_path):
+def test_bfloat16_keeps_log_probs_in_float32():
     """Products in the blocks have 8 bits: log-probs are float32 and differ by some 1/256 of their
     size. All models of a run with --precision=bfloat16 are such, and step 0 allows for it."""
     torch.manual_seed(0)
@@ -231,6 +191,6 @@ def test_bfloat16_keeps_log_probs_in_float32(tmp_path):
     rounded = response_logps(model, tokens, mask)
     assert inside == [torch.bfloat16] and rounded.dtype == model.lm_head.weight.dtype
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.1
-    run(tmp_path, "--methods=dpo", "--precision=bfloat16", sizes=TINY)
-    for stage in ("teacher-sft", "student-sft", "dpo"):
-        assert keep.read(tmp_path / "seed0" / f"{stage}.pt")["config"]["bfloat16"] is True
+    config = parse_args([*TINY, "--methods=dpo", "--precision=bfloat16"], train.METHODS)
+    models = train.experiment(config, 0, load_task(config, 0), CPU, keep.Keep("", CPU))
+    assert [m.config.bfloat16 for pair in models.values() for m in pair[:2]] == [True] * 6
