@@ -10,9 +10,9 @@ import torch
 
 import data
 from harness.errors import UserError, printable
-from harness.evaluate import all_pair_logps, is_correct, reward_margins, spoken
-from harness.files import refuse_inside, write
-from harness.keep import Keep, file_of, lock, read, unpack
+from harness.evaluate import all_pair_logps, is_correct, spoken
+from harness.files import refuse_inside, refuse_other_than_files, write
+from harness.keep import digest_of, file_of, lock, read, unpack
 from harness.preferences import counted, load_pairs
 from harness.sampling import sample
 from harness.steps import under_torchrun
@@ -32,31 +32,28 @@ def load_run(config, device):
     answer, too.
     """
     out, seed = Path(config.out), str(config.seed)
-    folder, keep = out / f"seed{seed}", Keep(None, device)
+    folder, types = out / f"seed{seed}", {f.name: f.type for f in fields(config)}
     try:
-        for path in (out / "results.json", folder / "tokenizer.tiktoken"):
-            if os.path.lexists(path) and not path.is_file():        # opening a pipe would hang
-                raise UserError(f"{path}: expected a file as a run wrote it")
+        refuse_other_than_files(out / "results.json", folder / "tokenizer.tiktoken")
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        past = type(config)(**results["config"])
-        check_types(past)
+        past = type(config)(**{name: types[name](x) for name, x in results["config"].items()})
+        past.check(past.methods)
         if seed not in results["models"]:
             raise UserError(f"--seed: expected one of the run's, {', '.join(results['models'])}")
-        digests = dict(results["models"][seed])
+        digests, models = dict(results["models"][seed]), {}
         tokenizer = named_tokenizer(past.tokenizer) if past.tokenizer else \
             load_tokenizer(folder / "tokenizer.tiktoken")
-        expected = digests.pop("tokenizer")
-        if keep.describe("x", tokenizer)["x"] != expected:
+        if digest_of(tokenizer) != digests.pop("tokenizer"):
             raise UserError(f"{folder}: expected the tokenizer that the models were trained with")
-        models = {}
         for name, digest in digests.items():
             if not re.fullmatch(r"\w[\w .+/-]*", name):     # it becomes the name of a file
                 raise ValueError(f"expected names of methods, got {name!r:.60}")
             models[name] = unpack(read(folder / file_of(name)), device)
-            if keep.describe("x", models[name])["x.weights"] != digest:
+            if digest_of(models[name]) != digest:
                 raise UserError(f"{folder / file_of(name)}: expected the model of this run's "
                                 "table, got another one; repeat the training command")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
+            OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--out: expected the folder of a finished run with --seed={config.seed}, "
                         f"got {config.out}: {reason}") from None
@@ -64,18 +61,6 @@ def load_run(config, device):
     return past, tokenizer, {
         name: (model, teacher_ref, past.teacher_beta) if name == "teacher" else
         (model, models["sft"], past.beta) for name, model in models.items()}
-
-
-def check_types(past):
-    """Raise ValueError unless the options of a results.json are ones that a run can have had."""
-    for f in fields(past):
-        value = getattr(past, f.name)
-        if f.type is tuple:         # a list in JSON
-            value = tuple(value)
-            setattr(past, f.name, value)
-        if type(value) is not f.type and not (f.type is float and type(value) is int):
-            raise ValueError(f"config.{f.name}: expected {f.type.__name__}, got {value!r:.60}")
-    past.check(past.methods)
 
 
 def use_run(config, device):
@@ -171,13 +156,14 @@ def score_pairs(pairs, config, past, tokenizer, models):
               "rejected": text.rejected, "margins": {}, "logps": {}} for text in fitting]
     for name, (model, ref, beta) in models.items():
         policy, reference = (all_pair_logps(m, ids, past.batch_size) for m in (model, ref))
-        margins = reward_margins(*policy, *reference, beta)
-        for line, margin, chosen, rejected in zip(lines, margins.tolist(), *policy.tolist()):
+        ratios = policy - reference                                                 # (2, pairs)
+        margins = beta * (ratios[0] - ratios[1])
+        for line, margin, logps, values in zip(lines, margins.tolist(), policy.T.tolist(),
+                                               (beta * ratios).T.tolist()):
             line["margins"][name] = margin
-            line["logps"][name] = {"chosen": chosen, "rejected": rejected}
-        if name == "teacher":
-            for line, chosen, rejected in zip(lines, *(beta * (policy - reference)).tolist()):
-                line["chosen_value"], line["rejected_value"] = chosen, rejected
+            line["logps"][name] = dict(zip(("chosen", "rejected"), logps))
+            if name == "teacher":
+                line["chosen_value"], line["rejected_value"] = values
         print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, "
               f"accuracy {is_correct(margins).mean().item():.3f}, n = {len(ids)}")
     path, held = Path(config.out) / "scores.jsonl", lock(Path(config.out))      # no run may go on

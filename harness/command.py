@@ -44,7 +44,8 @@ def run(argv, experiment, methods, description):
             models = experiment(config.with_steps(task), keep.seed, task, device, keep)
             if is_first():              # one process is enough for the table
                 outcome.add(task, models)
-        outcome.finish()
+        if is_first():
+            outcome.finish()
 
 
 def new_model(who, config, task, seed, device, path=None):

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from harness.sampling import sample
 from harness.steps import two_at_once
 from harness.tokenizers import text_of
 from model import batches, both_responses, device_of, rows_logps
+
+UNKNOWN = dict.fromkeys(("reward_ci", "true_acc_ci", "vs_dpo", "vs_dpo_ci", "acc_vs_dpo",
+                         "acc_vs_dpo_ci"))          # in the rows that have no such number
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +51,6 @@ class Validation:
         return {f"val_{name}": x for name, x in metrics.items()}
 
 
-def reward_margins(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-    """Implicit reward of the chosen minus that of the rejected response: (B,), in beta * nats."""
-    return beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)).detach()
-
-
 def is_correct(margins):
     """1 where the chosen response has the larger implicit reward, 0 where not, 1/2 for a tie.
 
@@ -66,19 +64,8 @@ def spoken(response, tokenizer):
     return text_of([token for token in response if token != tokenizer.eot_token], tokenizer)
 
 
-def policy_kl(model, ref, rows, batch_size):
-    """KL(model || ref), nats per response: exact over the vocabulary, on the states of `rows`.
-
-    rows: the model's own samples.
-    """
-    device = device_of(model)
-    sums = two_at_once(summed_kl, list(batches(rows, batch_size, device)), device, model, ref)
-    return sum(sums) / len(rows)
-
-
-@torch.no_grad()
 def summed_kl(model, ref, batch):
-    """The sum of KL(model || ref) over the states of a batch, nats."""
+    """KL(model || ref), exact over the vocabulary, summed over the states of a batch: nats."""
     _, tokens, mask = batch
     states = F.pad(mask, (0, 1))                                                # (B, T+1)
     policy = F.log_softmax(model(tokens, states).float(), -1)                   # (n, V)
@@ -86,10 +73,13 @@ def summed_kl(model, ref, batch):
     return (policy.exp() * (policy - reference)).sum().item()
 
 
-def held_out_margins(model, ref, beta, held_out):
-    """Implicit reward margin of every held-out pair: (pairs,)."""
-    policy = all_pair_logps(model, held_out.pairs, held_out.batch_size)             # (2, pairs)
-    return reward_margins(*policy, *reference_logps(ref, held_out), beta)
+@torch.no_grad()
+def all_pair_logps(model, pairs, batch_size):
+    """log pi(y|x) of the chosen and the rejected responses, (2, N): two threads take a row each."""
+    rows = both_responses(pairs)
+    halves = rows[:len(pairs)], rows[len(pairs):]
+    logps_of = partial(rows_logps, model, batch_size=batch_size)
+    return torch.stack(two_at_once(logps_of, halves, device_of(model)))
 
 
 @lru_cache(maxsize=4)
@@ -98,18 +88,7 @@ def reference_logps(ref, held_out):
     return all_pair_logps(ref, held_out.pairs, held_out.batch_size)
 
 
-def all_pair_logps(model, pairs, batch_size):
-    """log pi(y|x) of the chosen and the rejected responses, (2, N): two threads take a row each."""
-    rows = both_responses(pairs)
-    halves = rows[:len(pairs)], rows[len(pairs):]
-    return torch.stack(two_at_once(half_logps, halves, device_of(model), model, batch_size))
-
-
 @torch.no_grad()
-def half_logps(model, batch_size, rows):
-    return rows_logps(model, rows, batch_size)
-
-
 def evaluate(model, ref, beta, held_out):
     """One model -> (metrics, {"reward": of each prompt, "pref_acc": of each pair, "true_acc"}).
 
@@ -118,8 +97,10 @@ def evaluate(model, ref, beta, held_out):
     beta of its implicit reward. The true reward is known on the toy task alone.
     """
     pairs, texts, samples = held_out.pairs, held_out.texts, held_out.samples
-    margins = held_out_margins(model, ref, beta, held_out)
-    prompts = [pair.prompt for pair in pairs for _ in range(samples)]
+    logps = all_pair_logps(model, pairs, held_out.batch_size)                       # (2, pairs)
+    chosen, rejected = (logps - reference_logps(ref, held_out)).cpu()               # log-ratios
+    margins, prompts = beta * (chosen - rejected), [pair.prompt for pair in pairs
+                                                    for _ in range(samples)]
     responses = sample(model, prompts, held_out.tokenizer.eot_token, held_out.max_new_tokens,
                        held_out.seed)
     each = {"pref_acc": is_correct(margins)}
@@ -128,14 +109,15 @@ def evaluate(model, ref, beta, held_out):
         rewards = [data.reward(prompt, spoken(response, held_out.tokenizer))
                    for prompt, response in zip(asked, responses)]
         each["reward"] = torch.tensor(rewards).double().view(-1, samples).mean(1)   # (prompts,)
-        gaps = [data.reward(p.prompt, p.chosen) - data.reward(p.prompt, p.rejected) for p in texts]
-        gaps = torch.tensor(gaps, device=margins.device)                            # (pairs,)
+        gaps = torch.tensor([data.reward(pair.prompt, pair.chosen)
+                             - data.reward(pair.prompt, pair.rejected) for pair in texts])
         each["true_acc"] = is_correct(margins * gaps.sign())[gaps != 0]     # (pairs that differ,)
-    rows = [data.Example(*row) for row in zip(prompts, responses)]
     means = {name: x.mean().item() if len(x) else None for name, x in each.items()}
+    rows = [data.Example(*row) for row in zip(prompts, responses)]
+    kl = two_at_once(partial(summed_kl, model, ref),
+                     list(batches(rows, held_out.batch_size, device_of(model))), device_of(model))
     metrics = {"reward": None, "true_acc": None, **means, "pref_margin": margins.mean().item(),
-               "kl": policy_kl(model, ref, rows, held_out.batch_size),
-               "length": sum(map(len, responses)) / len(responses)}
+               "kl": sum(kl) / len(rows), "length": sum(map(len, responses)) / len(responses)}
     for name, x in metrics.items():
         if x is not None and not math.isfinite(x):
             raise FloatingPointError(f"{name} {x} on held-out pairs; expected finite numbers: the "
@@ -144,26 +126,28 @@ def evaluate(model, ref, beta, held_out):
 
 
 def measure(model, ref, beta, held_out):
-    """`evaluate`, for a row of the table -> {"numbers": with intervals, "reward": of each prompt or
-    None, "pref_acc": of each pair}."""
+    """`evaluate`, for a row of the table -> {"numbers": with intervals, "reward": of each prompt, as
+    far as it is known, "pref_acc": of each pair}."""
     metrics, each = evaluate(model, ref, beta, held_out)
     intervals = {f"{key}_ci": interval(x.tolist()) for key, x in each.items()}
-    numbers = {"pref_n": len(held_out.pairs), "reward_ci": None, "true_acc_ci": None,
-               "vs_dpo": None, "vs_dpo_ci": None, "acc_vs_dpo": None, "acc_vs_dpo_ci": None,
-               **metrics, **intervals}
-    return {"numbers": numbers, "reward": each.get("reward"), "pref_acc": each["pref_acc"].cpu()}
+    return {"numbers": {"pref_n": len(held_out.pairs), **metrics, **intervals}, **each}
 
 
-def fill(rows, measured):
-    """The numbers of every Row from {label: what `measure` gives}, with its differences from DPO.
+def rows_of(measured, seed):
+    """{label: what `measure` gives} -> the rows of the table, as they stand in results.json.
 
-    They are paired: by prompt for the true reward, by pair for the held-out accuracy.
+    The differences from DPO are paired: by prompt for the true reward, by pair for the accuracy.
     """
-    dpo = measured.get("dpo", {})
-    for row in rows:
-        row.numbers = dict(measured[row.label]["numbers"])
+    rows, dpo = [], measured.get("dpo", {})
+    for label, model in measured.items():
+        method, _, kind = label.partition(" ")
+        value, _, terminal = kind.partition("/")
+        row = {"label": label, "method": method, "value": value or None,
+               "terminal": terminal or None, "seed": seed, **UNKNOWN, **model["numbers"]}
         for name, key in (("vs_dpo", "reward"), ("acc_vs_dpo", "pref_acc")):
-            if row.label != "dpo" and dpo.get(key) is not None:
-                difference = (measured[row.label][key] - dpo[key]).double()
-                row.numbers |= {name: difference.mean().item(),
-                                f"{name}_ci": interval(difference.tolist())}
+            if label != "dpo" and key in dpo:
+                difference = (model[key] - dpo[key]).double()
+                row |= {name: difference.mean().item(),
+                        f"{name}_ci": interval(difference.tolist())}
+        rows.append(row)
+    return rows

@@ -32,6 +32,13 @@ def refuse_inside(option, path, out):
         raise UserError(f"--{option}: expected a path outside --out={out}, got {path}")
 
 
+def refuse_other_than_files(*paths):
+    """Raise UserError for a folder, a pipe or a device in a file's place: opening a pipe hangs."""
+    for path in paths:
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{path}: expected a file as a run wrote it")
+
+
 def load_safely(file, name):
     """torch.load of tensors and plain values alone; refuses anything else without running it."""
     try:

@@ -24,8 +24,8 @@ import torch
 
 from harness.errors import printable, UserError
 from harness.code import reached
-from harness.files import load_safely, write
-from harness.progress import Progress, ctrl_c_held
+from harness.files import load_safely, refuse_other_than_files, write
+from harness.progress import Progress
 from harness.steps import in_all, is_first, rank_and_world
 from harness.tokenizers import tokenizer_text
 from model import GPT, GPTConfig
@@ -63,9 +63,7 @@ def lock(folder):
     if found and not (folder / ".lock").is_file():
         raise UserError(f"--out: expected a new folder or that of a run, got {folder} with "
                         f"{found[0].name} and without the .lock of a run; choose another --out")
-    for path in (folder / ".lock", folder / "log.jsonl"):
-        if os.path.lexists(path) and not path.is_file():        # opening a pipe would hang
-            raise UserError(f"{path}: expected a file as a run wrote it")
+    refuse_other_than_files(folder / ".lock", folder / "log.jsonl")
     file = open(folder / ".lock", "a", encoding="utf-8")
     try:
         if fcntl:
@@ -79,8 +77,14 @@ def lock(folder):
     return file
 
 
+def digest_of(value):
+    """SHA-256 of all that a value consists of."""
+    sha = hashlib.sha256()
+    feed(sha, value)
+    return sha.hexdigest()
+
+
 def feed(sha, value):
-    """Add all that a value consists of to a digest."""
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         sha.update(f"{value.dtype} {tuple(value.shape)}".encode() + flat.numpy().tobytes())
@@ -118,40 +122,34 @@ def unpack(content, device):
 
 
 class Keep:
-    """See the top of this file. `seed` is set before each seed. Without `out` it keeps nothing."""
+    """See the top of this file. `seed` is set before each seed."""
 
-    def __init__(self, out, device, save_interval=30.0, quiet=False):
-        self.out, self.device, self.quiet = out and Path(out), device, quiet
-        self.save_interval, self.seed, self.digests, self.opened = save_interval, 0, {}, set()
-        self.lock = self.log_file = None
+    def __init__(self, out, device, save_interval=30.0):
+        self.out, self.device, self.save_interval = Path(out), device, save_interval
+        self.seed, self.digests, self.opened, self.lock, self.log_file = 0, {}, None, None, None
         self.common = {"torch": str(torch.__version__), "device": device.type,
                        "threads": torch.get_num_threads(), "processes": rank_and_world()[1]}
 
     def __call__(self, name, f, *args, trains=False, agree=in_all):
         """With several processes all of them read, or all of them compute; the first one writes."""
-        if not self.out:
-            return f(*args)
         self.open()
-        path, key = self.out / f"seed{self.seed}" / file_of(name), self.key(f, args)
-        partial, progress = path.with_name(f"{path.name}.partial"), None
+        path, key, lines = self.out / f"seed{self.seed}" / file_of(name), self.key(f, args), []
+        checkpoint = path.with_name(f"{path.name}.partial")
         content = self.find(path, key)
         if agree(content is not None):
-            partial.unlink(missing_ok=True)             # a kill came between
+            checkpoint.unlink(missing_ok=True)          # a kill came between
             for line in content["log"]:
                 self.log(line)
             if trains:
-                self.say(f"  {name}: kept in {printable(path)}")
+                print(f"  {name}: kept in {printable(path)}", flush=True)
             return unpack(content, self.device)
         if trains:
-            with ctrl_c_held() as pressed:
-                progress = Progress(name, self.seed, self.save_interval, pressed=pressed,
-                                    load=functools.partial(self.find, partial, key),
-                                    save=functools.partial(self.put, partial, key), log=self.log)
-                value = f(*args, progress=progress)
+            with Progress(name, self.seed, self, checkpoint, key) as progress:
+                value, lines = f(*args, progress=progress), progress.lines
         else:
             value = f(*args)
-        self.put(path, key, {"log": progress.lines if trains else [], **pack(value)})
-        partial.unlink(missing_ok=True)
+        self.put(path, key, {"log": lines, **pack(value)})
+        checkpoint.unlink(missing_ok=True)
         agree(True)                 # nobody goes on to read what is not yet written
         return value
 
@@ -162,17 +160,17 @@ class Keep:
         """Before a seed: lock the folder, remove what a kill left half written. Nothing in --out is
         touched before, so a refused command leaves an earlier run as it was."""
         folder = self.out / f"seed{self.seed}"
-        if folder in self.opened or not is_first():
+        if folder == self.opened or not is_first():
             return
-        self.opened.add(folder)
-        self.digests = {}               # the objects of the seed before may go
+        self.opened, self.digests = folder, {}          # the objects of the seed before may go
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = self.lock or lock(self.out)
             folder.mkdir(exist_ok=True)
             for path in folder.glob("*.tmp"):
                 path.unlink()
-            self.log_file = self.log_file or open(self.out / "log.jsonl", "w", encoding="utf-8")
+            self.log_file = self.log_file or open(self.out / "log.jsonl", "w", buffering=1,
+                                                  encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out: expected a folder that can be written, got {self.out}: "
                             f"{error.strerror}") from None
@@ -181,14 +179,9 @@ class Keep:
         for file in filter(None, (self.log_file, self.lock)):
             file.close()
 
-    def say(self, line):
-        if not self.quiet:
-            print(line, flush=True)
-
     def log(self, line):
         if self.log_file:
             self.log_file.write(f"{line}\n")
-            self.log_file.flush()
 
     def key(self, f, args):
         """{name: plain value or digest} of all that the result depends on."""
@@ -202,20 +195,21 @@ class Keep:
         """The parts of a key for one argument, a dataclass or a model field by field."""
         if isinstance(value, (bool, int, float, str, type(None))):
             return {name: value}
-        if is_dataclass(value):
-            parts = {name: type(value).__name__}
-            for field in fields(value):
-                parts |= self.describe(f"{name}.{field.name}", getattr(value, field.name))
-            return parts
-        if id(value) not in self.digests:       # once; the object stays, so no id comes twice
-            sha = hashlib.sha256()
-            feed(sha, value)
-            self.digests[id(value)] = value, sha.hexdigest()
-        digest = self.digests[id(value)][1]
         if isinstance(value, GPT):
-            return {f"{name} is": "GPT", f"{name}.weights": digest} | self.describe(
+            return {f"{name} is": "GPT", f"{name}.weights": self.digest(value)} | self.describe(
                 name, value.config)
-        return {name: digest}
+        if not is_dataclass(value):
+            return {name: self.digest(value)}
+        parts = {name: type(value).__name__}
+        for field in fields(value):
+            parts |= self.describe(f"{name}.{field.name}", getattr(value, field.name))
+        return parts
+
+    def digest(self, value):
+        """`digest_of`, once for each object, which stays here so that no id comes twice."""
+        if id(value) not in self.digests:
+            self.digests[id(value)] = value, digest_of(value)
+        return self.digests[id(value)][1]
 
     def find(self, path, key):
         """Content of a kept file, or None where it is missing, damaged or of another key."""
@@ -224,7 +218,8 @@ class Keep:
         try:
             content = read(path)
         except (KeyError, TypeError, ValueError) as error:      # the first two: somebody wrote it
-            return self.say(f"{printable(error)}; {path.name} rebuilt")
+            print(f"{printable(error)}; {path.name} rebuilt", flush=True)
+            return None
         changed, stored = [], content["key"]
         for part in sorted(part for part in {*stored, *key} if stored.get(part) != key.get(part)):
             was, now = stored.get(part), key.get(part)
@@ -232,7 +227,8 @@ class Keep:
             changed.append(f"{part.removeprefix('code: ')} changed" if digests else
                            f"{part} was {was!r}, is {now!r}")
         if changed:
-            self.say(f"{printable(path)}: rebuilt, because {printable(', '.join(changed))}")
+            print(f"{printable(path)}: rebuilt, because {printable(', '.join(changed))}",
+                  flush=True)
         return None if changed else content
 
     def put(self, path, key, content):

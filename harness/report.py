@@ -109,7 +109,7 @@ def page(config, rows, shown, log):
     """The page as text. rows: of the table; shown: what `psi_of_pairs` gave for each value."""
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     options = " ".join(f"--{name}={printable(x)}" for name, x in vars(config).items())
-    shown = [pairs for pairs in shown if pairs[0]["seed"] == rows[0].seed]     # of the first seed
+    shown = [pairs for pairs in shown if pairs[0]["seed"] == rows[0]["seed"]]     # of the first seed
     pairs = "".join(map(pairs_html, shown)) or "<p>None: no method read every state's value.</p>"
     table = "".join(f"<tr><td>{'</td><td>'.join(map(escape, line))}</td></tr>"
                     for line in cells(rows))
@@ -128,7 +128,7 @@ across a token is that token's psi, and the sum is Phi of the finished answer le
 Of all this TVKD reads one number per pair, the difference of the two sums: its loss is
 -log sigmoid(the student's margin - alpha times that difference). Hover over a token, or tap it, for
 its numbers.</p>
-<h2>Held-out pairs of seed {rows[0].seed}</h2>{pairs}
+<h2>Held-out pairs of seed {rows[0]["seed"]}</h2>{pairs}
 <h2>Comparison</h2><div class="wide"><table>{table}</table></div><p>{footnote(rows)}</p>
 <h2>Training curves</h2><p>By step, a line for each seed; on the batch, val_ on validation prompts.
 Losses, log-ratios (policy - reference) and KL are in nats; DPO's loss starts at ln 2 = 0.69; the

@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -26,16 +27,14 @@ def gradient(model, loss, ids, micro_batch=0):
     """Fill .grad with the gradient of the mean loss over the batch -> the sums of the loss over it.
 
     loss, ids: as train.py describes them; micro_batch: how many indices may be in memory at a time,
-    0 for all. The loss gives sums and we divide once by "n", because the parts are of unequal size:
-    the mean of their means would be another number.
+    0 for all. We divide once by "n": parts are of unequal size, so a mean of means would be wrong.
     """
     rank, world = rank_and_world()
     share = ids[rank::world]
     weight = float(len(share) > 0)      # a process without data computes one index for nothing
-    for parameter in model.parameters():
-        parameter.grad = None           # its memory serves the new one
+    model.zero_grad()                   # its memory serves the new one
     shares = cut(loss.lengths, share or ids[:1], micro_batch, torch.get_num_threads())
-    done = two_at_once(add_up, shares, device_of(model), model, loss, weight)
+    done = two_at_once(partial(add_up, model, loss, weight), shares, device_of(model))
     names, (values, *gradients) = done[0][0], [sum(x[1:], x[0]) for x in zip(*(x[1] for x in done))]
     if world > 1:
         values = values.to(device_of(model))
@@ -106,26 +105,26 @@ def padded(part, lengths):
 SECOND = ThreadPoolExecutor(1)          # its thread starts with the first task
 
 
-def two_at_once(f, items, device, *args):
-    """[f(*args, item) for every item]. On a CPU, two threads take half of them each.
+def two_at_once(f, items, device):
+    """[f(item) for every item]. On a CPU, two threads take half of them each.
 
-    A second thread inside each of many small operations saves little time; one at other items
-    does. torch.no_grad holds for one thread only: f has to say it itself.
+    A second thread inside each of many small operations saves little time; one at other items does.
     """
-    threads, half = torch.get_num_threads(), (len(items) + 1) // 2
+    threads, half, grad = torch.get_num_threads(), (len(items) + 1) // 2, torch.is_grad_enabled()
     if device.type != "cpu" or threads == 1 or len(items) < 2:
-        return one_by_one(f, items, threads, *args)
-    other = SECOND.submit(one_by_one, f, items[half:], threads // 2, *args)
+        return [f(item) for item in items]
+    other = SECOND.submit(one_by_one, f, items[half:], threads // 2, grad)
     try:
-        return one_by_one(f, items[:half], threads // 2, *args) + other.result()
+        return one_by_one(f, items[:half], threads // 2, grad) + other.result()
     finally:
         wait([other])
         torch.set_num_threads(threads)
 
 
-def one_by_one(f, items, threads, *args):
-    torch.set_num_threads(threads)      # for this thread: each has a number of its own
-    return [f(*args, item) for item in items]
+def one_by_one(f, items, threads, grad):
+    torch.set_num_threads(threads)      # this and torch.no_grad hold for one thread alone
+    with torch.set_grad_enabled(grad):
+        return [f(item) for item in items]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -287,7 +288,7 @@ def test_an_error_in_one_half_waits_for_the_other(threads, bad, good):
     threads(2)
     ended = []
     with pytest.raises(ValueError, match="half"):
-        two_at_once(fail_at, ["first", "second"], torch.device("cpu"), bad, ended)
+        two_at_once(partial(fail_at, bad, ended), ["first", "second"], torch.device("cpu"))
     assert ended == [good] and torch.get_num_threads() == 2
 
 

@@ -26,7 +26,7 @@ from harness.errors import UserError
 from harness.evaluate import HeldOut, measure
 from harness.keep import Keep, file_of, lock
 from harness.options import Config, parse_args
-from harness.progress import Progress, ctrl_c_held
+from harness.progress import Progress
 from harness.texts import load_task
 from model import GPT
 from small_run import TINY, log_of, refused, rows_of, write_pairs
@@ -165,9 +165,9 @@ def test_ctrl_c(whole, tmp_path):
 
 def test_ctrl_c_twice_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), ctrl_c_held() as pressed:
+    with pytest.raises(KeyboardInterrupt), Progress() as progress:
         os.kill(os.getpid(), signal.SIGINT)
-        assert pressed == [True]
+        assert progress.pressed
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -302,7 +302,7 @@ def double(x, scale):
 def test_keep_alone(tmp_path):
     """Computed once; again for another argument, seed or setting of the machine, and in all
     processes where one of them has no such file. It holds the folder until it is closed."""
-    cache = Keep(tmp_path, CPU, quiet=True)
+    cache = Keep(tmp_path, CPU)
     assert cache.common.keys() == {"torch", "device", "threads", "processes"}
     for cache.seed, threads, x, by, text, agree, times in (
             (0, 1, 1.5, 1.0, "a", bool, 1), (0, 1, 1.5, 1.0, "a", bool, 0),
@@ -324,7 +324,7 @@ def test_keep_alone(tmp_path):
 
 def test_digests():
     """Of texts, ids and tensors; another border between two parts is another digest."""
-    describe = Keep(None, CPU).describe
+    describe = Keep("", CPU).describe
     a, b = Example([1, 2], [3]), Example([1], [2, 3])
     zeros, pair = torch.zeros(2, 3), Pair("a", "b", "c")
     different = [[a], [b], [[a], [b]], [[a, b]], [[b, a]], [pair], zeros, zeros.view(3, 2),
@@ -358,7 +358,7 @@ class Asking(Keep):
 
 def remade(whole, *options, change=lambda task: task):
     """Names of what another command, data or code would make again in the folder of a run."""
-    config, asking = parse_args([*OFTEN, *options], train.METHODS), Asking(whole, CPU, quiet=True)
+    config, asking = parse_args([*OFTEN, *options], train.METHODS), Asking(whole, CPU)
     task, asking.remade = change(load_task(config, 0)), set()
     models = train.experiment(config, 0, task, CPU, asking)
     for label, model in models.items():
