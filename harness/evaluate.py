@@ -126,8 +126,8 @@ def evaluate(model, ref, beta, held_out):
 
 
 def measure(model, ref, beta, held_out):
-    """`evaluate`, for a row of the table -> {"numbers": with intervals, "reward": of each prompt, as
-    far as it is known, "pref_acc": of each pair}."""
+    """`evaluate`, for a row of the table -> {"numbers": with intervals} and what they are means of.
+    """
     metrics, each = evaluate(model, ref, beta, held_out)
     intervals = {f"{key}_ci": interval(x.tolist()) for key, x in each.items()}
     return {"numbers": {"pref_n": len(held_out.pairs), **metrics, **intervals}, **each}

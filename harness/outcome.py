@@ -52,9 +52,10 @@ class Outcome:
         test = HeldOut.of(task, "test", config, seed)
         rows = rows_of({label: keep.alone(f"{label}.row", measure, *model, test)
                         for label, model in models.items()}, seed)
-        kinds = {row["value"]: row["terminal"] for row in rows if row["value"] not in (None, "given")}
+        kinds = {row["value"]: row["terminal"] for row in rows}
         shown = [keep.alone(f"{kind}.psi", psi_of_pairs, kind, terminal, config.gamma,
-                            *models["teacher"], test) for kind, terminal in kinds.items()]
+                            *models["teacher"], test)
+                 for kind, terminal in kinds.items() if kind not in (None, "given")]
         trained = {label: model for label, (model, _, _) in models.items()}
         sft = {"teacher-sft": models["teacher"][1]} if "teacher" in models else {}
         self.models[str(seed)] = {label: keep.digest(made) for label, made in (

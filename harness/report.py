@@ -109,7 +109,7 @@ def page(config, rows, shown, log):
     """The page as text. rows: of the table; shown: what `psi_of_pairs` gave for each value."""
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     options = " ".join(f"--{name}={printable(x)}" for name, x in vars(config).items())
-    shown = [pairs for pairs in shown if pairs[0]["seed"] == rows[0]["seed"]]     # of the first seed
+    shown = [pairs for pairs in shown if pairs[0]["seed"] == rows[0]["seed"]]   # of the first seed
     pairs = "".join(map(pairs_html, shown)) or "<p>None: no method read every state's value.</p>"
     table = "".join(f"<tr><td>{'</td><td>'.join(map(escape, line))}</td></tr>"
                     for line in cells(rows))

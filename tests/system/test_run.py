@@ -26,7 +26,7 @@ from conftest import ROOT, close
 from data import Pair
 from harness import keep, options
 from harness.errors import CheckFailed, UserError
-from harness.options import Config, parse_args
+from harness.options import GROUPS, Config, parse_args
 from harness.outcome import exit_code
 from harness.preferences import load_pairs
 from harness.texts import load_task
@@ -390,7 +390,7 @@ def test_help_lists_every_option_in_its_section(capsys):
     printed = capsys.readouterr().out
     options = re.findall(r"^  --(\w+) [A-Z_]+", printed, re.MULTILINE)
     assert stop.value.code == 0 and options == [f.name for f in fields(Config)]
-    groups = [f.metadata["group"] for f in fields(Config) if f.metadata["group"]]
+    groups = [*GROUPS.values()]
     assert [line[:-1] for line in printed.splitlines() if line[:-1] in groups] == groups
     assert " ".join(printed.split()).count(" (default: ") == len(options)
 
