@@ -84,13 +84,13 @@ def parts_of(order, lengths, most):
     """
     tokens = sum(sum(lengths[i]) for i in order)
     at_a_time = tokens // len(lengths[order[0]])
-    for n in range(max(math.ceil(len(order) / most), min(8, 1 + at_a_time // TOKENS)), 9):
-        size = math.ceil(len(order) / n)
+    fewest = max(math.ceil(len(order) / most), min(8, 1 + at_a_time // TOKENS))
+    for n in range(fewest, max(fewest, 8) + 1):
+        size = min(most, math.ceil(len(order) / min(n, 8)))
         parts = [order[start:start + size] for start in range(0, len(order), size)]
         if tokens >= 0.875 * sum(padded(part, lengths) for part in parts):
-            return parts
-    size = min(most, math.ceil(len(order) / 8))
-    return [order[start:start + size] for start in range(0, len(order), size)]
+            break
+    return parts
 
 
 def padded(part, lengths):
@@ -145,7 +145,7 @@ def under_torchrun():
 
 def in_all(flag):
     """Whether the flag is set in every process. All of them get here before one goes on."""
-    if rank_and_world()[1] == 1:
+    if not dist.is_initialized():
         return bool(flag)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     lowest = torch.tensor(float(flag), device=device)
