@@ -6,8 +6,6 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
 import data
 from harness.errors import UserError, printable
 from harness.evaluate import all_pair_logps, is_correct, spoken
@@ -18,9 +16,9 @@ from harness.sampling import sample
 from harness.steps import under_torchrun
 from harness.tokenizers import load_tokenizer, named_tokenizer
 from harness.weights import export_model, export_targets
-from model import device_of, response_logps
+from model import action_psi, state_values
 
-ANSWERS, SPACE = 3, "\u2423"
+ANSWERS = 3
 WORD = f"(?:{'|'.join([*data.THINGS, *data.ALL_FACTS])})"
 TOY_PROMPT = re.compile(rf"\s*Describe the {WORD}: {WORD}(?:, {WORD})*\.", re.IGNORECASE)
 
@@ -64,11 +62,11 @@ def load_run(config, device):
 
 
 def use_run(config, device):
-    """--ask, --score and --export. Under torchrun the first process does it."""
+    """--ask, --score and --export: first all that may be refused. Under torchrun the first process
+    does it."""
     if under_torchrun() and os.environ.get("RANK") != "0":
         return
     refuse_inside("score", config.score, config.out)
-    # Refused before anything else.
     pairs = load_pairs(config.score, skip_bad=config.skip_bad) if config.score else None
     past, tokenizer, models = load_run(config, device)
     exported = {name: model for name, (model, _, _) in models.items()}
@@ -86,10 +84,8 @@ def use_run(config, device):
 
 def ask(config, past, tokenizer, models):
     """Three answers of every model to one prompt; with --tokens psi of each token as well."""
-    try:
-        config.ask.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError("--ask: expected text in UTF-8, got other bytes") from None
+    if re.search("[\ud800-\udfff]", config.ask):
+        raise UserError("--ask: expected text in UTF-8, got other bytes")
     ids, room = tokenizer.encode_ordinary(config.ask), past.block_size - 1
     if not 0 < len(ids) <= room:
         raise UserError(f"--ask: expected a prompt of 1 to {room} tokens, got {len(ids)}")
@@ -102,11 +98,14 @@ def ask(config, past, tokenizer, models):
                            {name: model for name, (model, _, _) in models.items()}, tokenizer, past,
                            config.seed)
     for name, responses in answers.items() if config.tokens else ():
-        psi = implicit_psi(*models["teacher"], ids, responses[0])
+        row, (teacher, teacher_ref, beta) = data.Example(ids, responses[0]), models["teacher"]
+        values = state_values("implicit", teacher, teacher_ref, [row], beta, 1)
+        psi = action_psi(values, [row], 1.0, "value")[0, len(ids) - 1:].tolist()
+        words = [printable(spoken([token], tokenizer).strip()) or "\u2423"
+                 for token in row.response]
         print(f"\npsi of the first answer of {name}, implicit value of the teacher "
               f"(sum {sum(psi):+.2f}):")
-        print("  " + " ".join(f"{printable(spoken([token], tokenizer).strip()) or SPACE}[{x:+.2f}]"
-                              for token, x in zip(responses[0], psi)))
+        print("  " + " ".join(f"{word}[{x:+.2f}]" for word, x in zip(words, psi)))
 
 
 def show_answers(prompts, ids, models, tokenizer, config, seed):
@@ -127,14 +126,6 @@ def show_answers(prompts, ids, models, tokenizer, config, seed):
     return answers
 
 
-@torch.no_grad()
-def implicit_psi(teacher, teacher_ref, beta, prompt, response):
-    """psi of every token of a response with `implicit` values: the teacher's log-ratios * beta."""
-    tokens, mask = data.collate([data.Example(prompt, response)], device_of(teacher))
-    logps, ref_logps = (response_logps(m, tokens, mask)[mask] for m in (teacher, teacher_ref))
-    return (beta * (logps - ref_logps)).tolist()
-
-
 def score_pairs(pairs, config, past, tokenizer, models):
     """scores.jsonl in --out: the pairs of --score in the layout of --data, with what models say.
 
@@ -143,17 +134,17 @@ def score_pairs(pairs, config, past, tokenizer, models):
     context are left out, and named.
     """
     fitting, ids, cut = data.encode(counted(pairs, "tokenised"), tokenizer, past.block_size)
-    number = {id(pair): i for i, pair in enumerate(pairs)}
     if not fitting:
         raise UserError(f"--score: expected a pair that fits in {past.block_size} tokens in "
                         f"{config.score}, got none")
-    left_out = sorted(set(number.values()) - {number[id(pair)] for pair in fitting})
-    which = f": pairs {', '.join(map(str, left_out[:20]))}{', ...' * (len(left_out) > 20)}"
+    fits = set(map(id, fitting))
+    left_out = [str(i) for i, pair in enumerate(pairs) if id(pair) not in fits]
+    which = f": pairs {', '.join(left_out[:20])}{', ...' * (len(left_out) > 20)}" * bool(left_out)
     print(f"{len(pairs)} pairs, counted from 0; {cut} with the prompt cut from the left, "
           f"{len(left_out)} left out because a response does not fit in {past.block_size} tokens"
-          f"{which if left_out else ''}")
-    lines = [{"pair": number[id(text)], "prompt": text.prompt, "chosen": text.chosen,
-              "rejected": text.rejected, "margins": {}, "logps": {}} for text in fitting]
+          f"{which}")
+    lines = [{"pair": i, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected,
+              "margins": {}, "logps": {}} for i, pair in enumerate(pairs) if id(pair) in fits]
     for name, (model, ref, beta) in models.items():
         policy, reference = (all_pair_logps(m, ids, past.batch_size) for m in (model, ref))
         ratios = policy - reference                                                 # (2, pairs)
@@ -166,7 +157,7 @@ def score_pairs(pairs, config, past, tokenizer, models):
                 line["chosen_value"], line["rejected_value"] = values
         print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, "
               f"accuracy {is_correct(margins).mean().item():.3f}, n = {len(ids)}")
-    path, held = Path(config.out) / "scores.jsonl", lock(Path(config.out))      # no run may go on
-    write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    held.close()
+    path = Path(config.out) / "scores.jsonl"
+    with lock(path.parent):                                     # no run may go on meanwhile
+        write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     print(f"scores in {printable(path)}")
