@@ -3,7 +3,7 @@
     python train.py                         the toy task, whose true reward is known
     python train.py --data=FILE             your own preferences
     python train.py --ask=PROMPT            every model of a finished run answers
-    python train.py --help                  every option
+    python train.py --help                  every option: alpha (below 0: plus psi), value, sizes
     torchrun --standalone --nproc_per_node=2 train.py       shares every batch among processes
 
 Read `experiment` first: it is the method section. Then the losses and `fit`. From harness/ come
@@ -140,7 +140,7 @@ class SoftDPO(DPO):
 
 
 # The methods: a loss, whose fields are the `inputs` of `experiment` it reads, and the option of
-# its learning rate. To add one, write its class above and its line here.
+# its learning rate. To add one: its class above, its line here, a new input in `experiment`.
 METHODS = {
     "bc": (Likelihood, "distill_lr"),
     "kd": (KD, "distill_lr"),

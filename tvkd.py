@@ -3,7 +3,7 @@
 The method is from Kwon, Ko, Kim, Kim, "Preference Distillation via Value based Reinforcement
 Learning", NeurIPS 2025, arXiv 2509.16965.
 
-    AS WE READ THE ABSTRACT AND INTRODUCTION. We know nothing else of the paper but its released
+    AS WE READ THE ABSTRACT AND INTRODUCTION. Apart from these we have seen only the released
     code, whose branches disagree about the sign of psi (docs/released-code.md). So the loss, its
     sign, the form of the value, the terminal state and gamma = 1 are our reading throughout.
 

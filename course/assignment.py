@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.errors import one_line
+
 ROOT = Path(__file__).resolve().parent.parent
 VARIANT = 0                     # of this folder; course/release.py writes another number
 
@@ -48,9 +50,9 @@ HEADER = """\
 #     python -m pytest -q --impl=FILE --function=NAME        the tests of one function
 #     python -m pytest -v --impl=FILE                        every failure, not one per function
 #
-# A function earns its points for the equation if all tests of the equation pass; `shaping`
-# earns one each for psi along the way, gamma, `terminal`, and rows of different lengths. Then
-# robustness is judged: it earns those points if all tests of robustness pass.
+# A function earns its points for the equation if all tests of the equation pass, and those for
+# robustness if all tests of robustness pass. `shaping` earns one each for psi along the way, gamma,
+# `terminal`, and rows of different lengths. A function that calls another needs that one right.
 # Robust means, where it applies:
 #   - Half-precision logits are raised to float32, and float64 stays float64.
 #   - Shapes that do not match, an unknown `terminal` and a missing response raise ValueError.
@@ -91,16 +93,27 @@ def table():
     return "\n".join(f"#     {name:23}{points:9}{robust:13}" for name, points, robust in rows)
 
 
-def main(arguments):
+def command(name, doc, run, arguments):
+    """Exit status of `python -m course.NAME`. A ValueError says what was expected instead."""
     if arguments == ["--help"]:
-        print(__doc__)
+        print(doc)
         return 0
-    if arguments:
-        print("course.assignment: expected no arguments, got "
-              f"{ascii(' '.join(arguments))[:200]}; write `... > my_tvkd.py`", file=sys.stderr)
+    try:
+        run(arguments)
+    except (OSError, ValueError) as error:
+        print(one_line(f"course.{name}: {error}, got {' '.join(arguments)!a}"), file=sys.stderr)
         return 2
-    sys.stdout.write(exercise((ROOT / "tvkd.py").read_text(encoding="utf-8")))
     return 0
+
+
+def write_assignment(arguments):
+    if arguments:
+        raise ValueError("expected no arguments, but `python -m course.assignment > my_tvkd.py`")
+    sys.stdout.write(exercise((ROOT / "tvkd.py").read_text(encoding="utf-8")))
+
+
+def main(arguments):
+    return command("assignment", __doc__, write_assignment, arguments)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,15 @@
     python -m pytest -q --impl=my_tvkd.py                       points, one failure per function
     python -m pytest -v --impl=my_tvkd.py                       every failure
     python -m pytest -q --impl=my_tvkd.py --function=kd_loss    one function
-    python -m pytest -q --impl=my_tvkd.py --json=points.json    the points, for other programs
-    python -m pytest -q --impl=my_tvkd.py --gradescope=results.json     the same, for Gradescope
+    python -m pytest -q --impl=my_tvkd.py --json=points.json    the points, for Gradescope, too
 
 The file runs in a process of its own (course/worker.py), which has no tests and no solution; the
 tests here see the tensors that come back. A function earns its points for the equation, and those
 for robustness, if all tests of that kind pass; an equation of several parts earns each part alone.
-Robustness is judged once the equation is right; until then it counts 0 points, and the table and
-the files say that it was not judged. A function is judged alone: an earlier one that it calls is
-taken from tvkd.py. Only the tests "all together" run the file as it is.
 """
 
 import contextlib
 import functools
-import importlib.util
 import inspect
 import json
 import os
@@ -37,34 +32,132 @@ import torch
 from conftest import as_text
 from course.assignment import FUNCTIONS, GRADED, TOGETHER, VARIANT
 from course.variants import Variant
-from course.worker import Peer, raise_error
-from harness.errors import printable
+from course.worker import decode, encode, send, with_gradient
+from harness.errors import one_line, printable
 
 GRADED_FILES = ("test_tvkd.py", "test_hidden.py", "test_shaping_invariance.py")
-KINDS = ("equation", "robustness")
 SECONDS, ALL_SECONDS = 20, 300  # for one call, which needs a thousandth of it, and for all calls
-NOT_JUDGED = "robustness is judged once the equation is right"
+LONGEST = 2 ** 24               # bytes of one answer
 WORKER = Path(__file__).with_name("worker.py")
+MARK = '{\n "extra_data": {\n  "graded by": "course/grader.py"'      # how the file of --json begins
 
+
+# --- the graded file ---------------------------------------------------------------------------
+
+class Student:
+    """The graded file in its process. A process that ends or hangs is started again."""
+
+    def __init__(self, path):
+        self.process, self.seconds = None, 0.0          # seconds: that its calls took so far
+        try:
+            self.source = path.read_bytes().decode("latin-1")  # as it is: it may say how to read it
+            self.start()
+        except Exception as error:
+            self.stop()
+            place = f" (line {error.line})" if getattr(error, "line", None) else ""
+            raise pytest.UsageError(one_line(
+                f"--impl: {path.name}: expected a Python file that can be imported, got {error}"
+                f"{place}")) from None
+
+    def start(self):
+        """In an empty folder, without a variable that says where the course is."""
+        self.folder = tempfile.TemporaryDirectory()
+        hidden = ("PYTHON", "PYTEST", "PWD", "OLDPWD")
+        env = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", WORKER.read_text(encoding="utf-8")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            cwd=self.folder.name, env={**env, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+        self.ask(10 * SECONDS, do="load", source=self.source)       # it imports torch first
+
+    def stop(self):
+        if self.process:
+            kill(self.process)
+            self.process.communicate()
+            self.folder.cleanup()
+            self.process = None
+
+    def ask(self, seconds, **request):
+        """What the process answers. An error of the file is raised, TimeoutError without answer."""
+        process, start = self.process, time.monotonic()
+        timer = threading.Timer(seconds, kill, (process,))
+        timer.start()
+        try:
+            send(process.stdin, request)
+            answer = json.loads(process.stdout.readline(LONGEST))
+        except (AttributeError, OSError, ValueError):
+            late = not timer.is_alive()
+            self.stop()
+            raise TimeoutError(f"no answer within {seconds} seconds; an endless loop?" if late else
+                               "the process ended by itself, exit status "
+                               f"{process.returncode}") from None
+        finally:
+            timer.cancel()
+            self.seconds += time.monotonic() - start
+        if "error" in answer:
+            known = [x for x in (ValueError, NotImplementedError) if x.__name__ in answer["types"]]
+            error = (known[0](answer["error"]) if known else
+                     Exception(f"{answer['types'][0]}: {answer['error']}"))
+            error.line = answer["line"]
+            raise error
+        return answer
+
+    def call(self, name, *args, **kwargs):
+        """A function of the file, as if it were here: gradients, too, and changed arguments."""
+        if self.seconds > ALL_SECONDS:
+            raise TimeoutError(f"the file took more than {ALL_SECONDS} seconds in all")
+        if self.process is None:
+            self.start()
+        inputs = {str(i): x for i, x in enumerate(args)} | kwargs
+        answer = self.ask(SECONDS, do="call", name=name,
+                          args={key: encode(x) for key, x in inputs.items()})
+        with torch.no_grad():
+            for key, value in answer["changed"].items():
+                inputs[key].copy_(decode(value))
+        result = decode(answer["result"])
+        if not isinstance(result, torch.Tensor):
+            raise TypeError(f"expected a tensor, got {result!r}")
+        if not answer["result"]["grad"]:
+            return result
+        return Remote.apply(self, answer["of"], result, *with_gradient(inputs))
+
+
+class Remote(torch.autograd.Function):
+    """A result whose graph is in the other process."""
+
+    @staticmethod
+    def forward(ctx, student, of, result, *inputs):
+        ctx.student, ctx.of = student, of
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        answer = ctx.student.ask(SECONDS, do="gradient", of=ctx.of, gradient=encode(gradient))
+        return (None, None, None, *map(decode, answer["gradients"]))
+
+
+def kill(process):
+    """The process and all that it started."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+
+
+# --- the tests ---------------------------------------------------------------------------------
 
 class Failure(NamedTuple):
-    test: str
-    by_hand: str                # the test's docstring, which holds the arithmetic
-    calls: tuple                # the latest call of each function, with its arguments
-    result: str
-    line: str                   # where the graded file raised an exception, or ""
-    size: int                   # how many numbers the calls got
-
-    @property
-    def has_hint(self):
-        return "likely mistake:" in self.result
+    rank: tuple                 # the lowest tells most
+    message: str
+    text: str                   # the equation, the test, the arithmetic by hand, input and result
 
 
 class Tests:
     """The tests of one kind of one function."""
 
-    def __init__(self):
-        self.count, self.failures = 0, []
+    def __init__(self, out_of):
+        self.out_of, self.count, self.failures = out_of, 0, []
         self.parts = {}                         # part of the equation -> did each test pass?
 
     @property
@@ -76,148 +169,64 @@ class Tests:
         return sum(map(sum, self.parts.values()))
 
     @property
-    def most_telling(self):
-        """A failure that names a mistake; if there is none, the one with the smallest input."""
-        return min(self.failures, key=lambda failure: (not failure.has_hint, failure.size))
+    def points(self):
+        """None until all tests have run."""
+        if self.ran < self.count:
+            return None
+        whole = [all(passed) for passed in self.parts.values()]
+        return self.out_of * sum(whole) // max(1, len(whole))
 
+    def cell(self):
+        """`" 2 of  4    (3 of 9)"`."""
+        points = " -" if self.points is None else f"{self.points:2} of {self.out_of:2}"
+        return f"{points:10}{f'({self.passed} of {self.count})':>10}" if self.out_of else ""
 
-class Student:
-    """The graded file in its process. A process that ends or hangs is started again."""
-
-    def __init__(self, path, names, reference):
-        self.path, self.names, self.reference, self.process = path, names, reference, None
-        self.seconds = 0.0                      # that its calls took so far
-        try:
-            self.source = importlib.util.decode_source(path.read_bytes())
-        except (OSError, SyntaxError, UnicodeDecodeError) as error:
-            raise pytest.UsageError(f"--impl: expected a Python file, got {printable(str(path))}: "
-                                    f"{one_line(error)}") from None
-        self.start()
-
-    def start(self):
-        """In an empty folder, without a variable that says where the course is."""
-        self.stop()
-        self.folder = tempfile.TemporaryDirectory()
-        hidden = ("PYTHON", "PYTEST", "PWD", "OLDPWD")
-        env = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", WORKER.read_text(encoding="utf-8")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            cwd=self.folder.name, env={**env, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-        self.peer = Peer(self.process.stdout, self.process.stdin)
-        try:
-            self.limited(self.peer.receive, seconds=10 * SECONDS)
-            answer = self.limited(self.peer.ask, ask="load", source=self.source, names=self.names)
-            raise_error(answer)
-            self.missing = [name for name in self.names if name not in answer["functions"]]
-        except Exception as error:
-            self.stop()
-            place = f" (line {error.line})" if getattr(error, "line", None) else ""
-            raise pytest.UsageError(f"--impl: {printable(self.path.name)} cannot be imported: "
-                                    f"{one_line(error)}{place}") from None
-
-    def stop(self):
-        if self.process:
-            kill(self.process)
-            self.process.communicate()
-            self.folder.cleanup()
-            self.process = None
-
-    def call(self, name, served, *args, **kwargs):
-        if self.seconds > ALL_SECONDS:
-            raise TimeoutError(f"the file took more than {ALL_SECONDS} seconds in all")
-        if self.process is None:
-            self.start()
-        self.peer.functions = {other: getattr(self.reference, other) for other in served}
-        return self.limited(self.peer.call, name, *args, request={"served": served}, **kwargs)
-
-    def limited(self, function, *args, seconds=None, **kwargs):
-        """A call in its process; TimeoutError where it does not come back in time or at all."""
-        timer = threading.Timer(seconds or SECONDS, kill, (self.process,))
-        timer.start()
-        start = time.monotonic()
-        try:
-            return function(*args, **kwargs)
-        except (EOFError, OSError, json.JSONDecodeError):
-            late = not timer.is_alive()
-            process = self.process
-            self.stop()
-            reason = f"no answer within {SECONDS} seconds; an endless loop?" if late else (
-                f"the process ended by itself, exit status {process.returncode}")
-            raise TimeoutError(reason) from None
-        finally:
-            timer.cancel()
-            self.seconds += time.monotonic() - start
+    def result(self, name):
+        """The element of `tests` in results.json."""
+        return {"name": name, "score": self.points, "max_score": self.out_of,
+                "output": self.failures[0].message if self.failures else "",
+                "extra_data": {"tests": self.count, "passed": self.passed}}
 
 
 class Grader:
-    def __init__(self, path, only=None, variant=None, json_path=None, gradescope=None):
+    def __init__(self, path, only=None, variant=None, target=None):
         variant = str(VARIANT) if variant is None else variant
         if not (variant.isascii() and variant.isdigit() and len(variant) < 10):
             raise pytest.UsageError(f"--variant: expected a whole number, got {variant[:100]!a}")
         self.variant = Variant(int(variant))
         names = {theirs: ours for ours, theirs in self.variant.names.items()}
         if only is not None and only not in names:
-            expected = ", ".join(names)
-            raise pytest.UsageError(f"--function: expected one of {expected}, got {only[:100]!a}")
-        self.path, self.only = path, names.get(only)
-        self.targets = {self.record: json_path, self.gradescope: gradescope}
-        for option, target in (("--json", json_path), ("--gradescope", gradescope)):
-            if target is not None:
-                remove_own(option, target)
-        self.tests = {name: {kind: Tests() for kind in KINDS} for name in GRADED}
-        self.tested, self.problem = TOGETHER, None
+            raise pytest.UsageError(f"--function: expected one of {', '.join(names)}, got "
+                                    f"{only[:100]!a}")
+        self.path, self.only, self.target = path, names.get(only), target
+        self.tests = {name: {"equation": Tests(graded.points),
+                             "robustness": Tests(graded.robustness)}
+                      for name, graded in GRADED.items()}
         self.calls = {}                         # function -> its latest call in this test
-        self.line = ""                          # where the latest exception came from
-        self.unwritten, self.dead = set(), {}
-        self.reference = self.variant.key()     # None in a release, which has no solution
-        self.student = None
+        self.stopped = {}                       # function -> it is not written, or gave no answer
+        if target:
+            remove_own(target)
         try:
-            self.student = Student(path, list(self.variant.names.values()), self.reference)
+            self.student = Student(path)
         except pytest.UsageError as error:
             self.write(str(error))
             raise
-        self.missing = [names[theirs] for theirs in self.student.missing]
-        functions = types.SimpleNamespace(**{
-            theirs: functools.partial(self.call, ours) for theirs, ours in names.items()})
-        sys.modules["tvkd"] = self.variant.adapter(functions)
+        sys.modules["tvkd"] = self.variant.adapted(types.SimpleNamespace(**{
+            theirs: functools.partial(self.call, ours) for theirs, ours in names.items()}))
 
     # --- running -------------------------------------------------------------------------------
 
     def call(self, name, *args, **kwargs):
-        """A function of the graded file; its latest arguments are kept, to be shown in a failure.
-
-        What it calls of the functions before it is taken from the solution. Those after it are
-        not: or each of two functions could be the other one in disguise.
-        """
-        theirs, names = self.variant.names[name], list(FUNCTIONS)
-        self.calls[theirs] = [copied(x) for x in args], {k: copied(x) for k, x in kwargs.items()}
-        before = names[:names.index(self.tested)] if self.tested in names and self.reference else []
-        served = [self.variant.names[other] for other in before]
-        if name in self.missing:
-            raise NotImplementedError(f"{self.path.name} has no function {theirs}")
-        if name in self.dead:
-            raise TimeoutError(f"{theirs}: in an earlier test, {self.dead[name]}")
+        """A function of the graded file. A failure shows its latest arguments."""
+        theirs = self.variant.names[name]
+        self.calls[name] = [copied(x) for x in args], {k: copied(x) for k, x in kwargs.items()}
+        if isinstance(self.stopped.get(name), TimeoutError):
+            raise TimeoutError(f"{theirs}: in an earlier test, {self.stopped[name]}")
         try:
-            return self.student.call(theirs, served, *args, **kwargs)
-        except Exception as error:
-            line = getattr(error, "line", None)
-            self.line = f"{self.path.name}:{line}" if line else ""
-            if isinstance(error, NotImplementedError):
-                self.unwritten.add(name)
-            if isinstance(error, TimeoutError):
-                self.dead[name] = str(error)
+            return self.student.call(theirs, *args, **kwargs)
+        except (NotImplementedError, TimeoutError) as error:
+            self.stopped[name] = error
             raise
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionstart(self, session):
-        """The grader prints its own, shorter failures, unless other options ask for pytest's."""
-        options = session.config.option
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        if options.tbstyle == "auto":
-            options.tbstyle = "no"
-        if reporter and options.reportchars == "fE":
-            reporter.reportchars = ""
 
     def pytest_ignore_collect(self, collection_path):
         if collection_path.suffix == ".py" and collection_path.name not in GRADED_FILES:
@@ -240,8 +249,6 @@ class Grader:
 
     def pytest_runtest_setup(self, item):
         self.calls.clear()
-        self.line = ""
-        self.tested = points_of(item)[0]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -251,192 +258,119 @@ class Grader:
             passed = report.outcome == "passed" and not hasattr(report, "wasxfail")
             self.tests_of(item).parts.setdefault(points_of(item)[2], []).append(passed)
             if not passed:
-                self.tests_of(item).failures.append(self.failure(item, call))
+                failures = self.tests_of(item).failures
+                failures.append(self.failure(item, call))
+                failures.sort(key=lambda failure: failure.rank)
         return report
 
     def failure(self, item, call):
-        text = call.excinfo.exconly() if call.excinfo else "not passed"
-        result = text.removeprefix("AssertionError: ").removeprefix("course.worker.GradedError: ")
-        lines = [printable(line)[:500] for line in result.splitlines()[:6]]
-        by_hand = inspect.cleandoc(item.function.__doc__ or "")
-        calls = tuple(self.inputs())
-        if points_of(item)[0] == TOGETHER:
-            calls = (", ".join(self.calls),)    # names only: the arguments would fill a page
+        name, by_hand = points_of(item)[0], inspect.cleandoc(item.function.__doc__ or "")
+        text, line = "not passed", None
+        if call.excinfo:
+            text, line = call.excinfo.exconly(), getattr(call.excinfo.value, "line", None)
+        result = text.removeprefix("AssertionError: ").removeprefix("Exception: ")
+        result = "\n".join(printable(line)[:500] for line in result.splitlines()[:6])
+        parts = {"equation": GRADED[name].equation, "unlike it": self.variant.unlike.get(name),
+                 "test": item.name, "by hand": by_hand, "input": "\n".join(self.inputs()),
+                 "result": result, "line": line and printable(f"{self.path.name}:{line}")}
+        block = "\n".join(textwrap.indent(text, 11 * " ").replace(11 * " ", f"{label:11}", 1)
+                          for label, text in parts.items() if text)
+        # One that names a mistake tells most, then the one with the smallest input.
         size = sum(x.numel() for args, kwargs in self.calls.values()
                    for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-        return Failure(item.name, by_hand, calls, "\n".join(lines), printable(self.line), size)
+        return Failure(("likely mistake:" not in result, size),
+                       " ".join(f"{item.name}: {result}".split()), block)
 
     def inputs(self):
-        parameters = {theirs: self.variant.parameters(ours)
-                      for ours, theirs in self.variant.names.items()}
         for name, (args, kwargs) in self.calls.items():
-            named = {**dict(zip(parameters[name], args)), **kwargs}
-            yield f"{name}({', '.join(f'{key}={as_text(x)}' for key, x in named.items())})"
+            named = {**dict(zip(self.variant.parameters(name), args)), **kwargs}
+            arguments = ", ".join(f"{key}={as_text(x)}" for key, x in named.items())
+            yield f"{self.shown(name)}({arguments})"
 
     # --- reporting -----------------------------------------------------------------------------
 
-    def entry(self, name, kind):
-        """What is known of one kind of points. They are None while nothing failed and not all
-        tests have run."""
-        tests, before = self.tests[name][kind], self.tests[name]["equation"]
-        out_of = getattr(GRADED[name], "points" if kind == "equation" else kind)
-        judged = kind == "equation" or not before.failures
-        decided = not judged or bool(tests.failures) or all(
-            t.ran == t.count for t in (tests, before))
-        points, message = None, None
-        if decided:
-            whole = [all(passed) for passed in tests.parts.values()]
-            points = out_of * sum(whole) // max(1, len(whole)) if judged else 0
-        if tests.failures:
-            message = " ".join(f"{tests.most_telling.test}: {tests.most_telling.result}".split())
-        return {"points": points, "out_of": out_of, "judged": judged and decided,
-                "tests": tests.count, "passed": tests.passed,
-                "message": message if judged else NOT_JUDGED}
-
-    def entries(self):
-        return {name: {kind: self.entry(name, kind) for kind in KINDS} for name in self.tests}
-
-    def total(self, kind, key="points"):
-        return sum(kinds[kind][key] or 0 for kinds in self.entries().values())
+    def shown(self, name):
+        return self.variant.names.get(name, name)
 
     def pytest_terminal_summary(self, terminalreporter, config):
         out, show_all = terminalreporter, config.get_verbosity() > 0
         for name in self.tests:
             for kind, failure in self.failures_to_show(name, show_all):
                 out.write_line("")
-                out.write_line(f"---- {self.variant.names.get(name, name)}: {kind}", bold=True)
-                out.write_line(self.block(name, failure))
+                out.write_line(f"---- {self.shown(name)}: {kind}", bold=True)
+                out.write_line(failure.text)
         out.section(f"points: {printable(self.path.name)}")
         for line in self.table():
             out.write_line(line)
-        if self.problem:
-            raise self.problem
-
-    def pytest_sessionfinish(self, session):
-        self.student.stop()
-        try:
-            self.write()
-        except pytest.UsageError as error:
-            self.problem = error                # after the table, which is all that is left
+        self.write()
 
     def pytest_unconfigure(self):
-        self.student.stop()                     # after an error before the tests, too
+        self.student.stop()
 
     def failures_to_show(self, name, show_all):
         """By default one per function, none if it is not written yet.
 
         A test of several functions is shown if nothing else explains its failure.
         """
-        explained = name == TOGETHER and any(self.failures_of(f) for f in FUNCTIONS)
-        unwritten = name in self.unwritten and self.only is None
+        failures = self.failures_of(name)
+        explained = name == TOGETHER and any(map(self.failures_of, FUNCTIONS))
         if show_all:
-            return self.failures_of(name)
-        if explained or unwritten:
-            return []
-        return [(kind, tests.most_telling) for kind, tests in self.tests[name].items()
-                if tests.failures][:1]
+            return failures
+        return [] if explained or (name in self.stopped and not self.only) else failures[:1]
 
     def failures_of(self, name):
         return [(kind, failure) for kind, tests in self.tests[name].items()
                 for failure in tests.failures]
 
-    def block(self, name, failure):
-        parts = {"equation": GRADED[name].equation,
-                 "unlike it": self.variant.unlike(name), "test": failure.test,
-                 "by hand": failure.by_hand, "input": "\n".join(failure.calls),
-                 "result": failure.result, "line": failure.line}
-        return "\n".join(textwrap.indent(text, 11 * " ").replace(11 * " ", f"{label:11}", 1)
-                         for label, text in parts.items() if text)
-
     def table(self):
         """The lines `function, points and tests of both kinds, remark`."""
         yield f"{'':24}{'equation':10}{'(tests)':>10}    {'robustness':10}{'(tests)':>10}"
         for name in self.tests if self.only is None else [self.only]:
-            cells = "".join(f"{self.cell(**self.entry(name, kind)):24}" for kind in KINDS)
-            yield f"{self.variant.names.get(name, name):24}{cells}{self.remark(name)}".rstrip()
-        if self.complete:
-            pairs = [(self.total(kind), self.total(kind, "out_of")) for kind in KINDS]
+            cells = "".join(f"{tests.cell():24}" for tests in self.tests[name].values())
+            yield f"{self.shown(name):24}{cells}{self.remark(name)}".rstrip()
+        pairs = [(sum(tests.points or 0 for tests in kind), sum(tests.out_of for tests in kind))
+                 for kind in zip(*(kinds.values() for kinds in self.tests.values()))]
+        if self.results()["score"] is not None:
             columns = "".join(f"{'{:2} of {:2}'.format(*pair):24}" for pair in pairs)
             yield f"{'total':24}{columns}{'{} of {} points'.format(*map(sum, zip(*pairs)))}"
-        if any(self.tests[name]["equation"].failures for name in FUNCTIONS):
-            yield f"not judged: {NOT_JUDGED}; until then it counts 0 points"
-
-    def cell(self, points, out_of, judged, tests, passed, **rest):
-        """`" 2 of  4    (3 of 9)"`; "-" where the tests that ran do not decide the points."""
-        if points is not None and not judged:
-            return "not judged" if out_of else ""
-        cell = " -" if points is None else f"{points:2} of {out_of:2}"
-        return f"{cell:10}{f'({passed} of {tests})':>10}" if out_of else ""
 
     def remark(self, name):
         left = sum(tests.count - tests.ran for tests in self.tests[name].values())
-        if name in self.missing:
-            return "not defined"
-        if name in self.unwritten:
-            return "not written"
-        if name in self.dead:
-            return self.dead[name]
+        if name in self.stopped:
+            return one_line(self.stopped[name]) or "not written"
         return f"{left} not run" if left else ""          # by --function, -k or -x
 
-    @property
-    def complete(self):
-        return all(t.ran == t.count for kinds in self.tests.values() for t in kinds.values())
+    def results(self, error=None):
+        """The results.json of Gradescope: one test for each kind of each function. A score is null
+        where not all of its tests ran. error: why none did."""
+        tests = [of_kind.result(f"{name}: {kind}") for name, kinds in self.tests.items()
+                 for kind, of_kind in kinds.items() if of_kind.out_of]
+        scores = [test["score"] for test in tests]
+        return {"extra_data": {"graded by": "course/grader.py", "file": self.path.name},
+                "score": None if None in scores else sum(scores), "output": error or "",
+                "tests": tests}
 
     def write(self, error=None):
-        """The files of --json and --gradescope, whole or not at all. error: why nothing ran."""
-        for content, path in self.targets.items():
-            if path is not None:
-                part = path.with_name(f"{path.name}.{os.getpid()}")
-                try:
-                    part.write_text(json.dumps(content(error), indent=1) + "\n", encoding="utf-8")
-                    os.replace(part, path)
-                except OSError as problem:
-                    part.unlink(missing_ok=True)
-                    raise pytest.UsageError(f"{printable(str(path))} cannot be written: "
-                                            f"{one_line(problem)}") from None
-
-    def record(self, error):
-        """Points by function and the message that tells most of each; null where the tests that
-        ran do not decide them."""
-        equation, robustness = (self.total(kind) for kind in KINDS)
-        points = {"points": equation + robustness, "equation": equation, "robustness": robustness}
-        if not self.complete and not error:
-            points = dict.fromkeys(points)
-        return {MARK: True, "file": self.path.name, "error": error,
-                "complete": self.complete and not error,
-                "out_of": sum(self.total(kind, "out_of") for kind in KINDS), **points,
-                "functions": self.entries()}
-
-    def gradescope(self, error):
-        """The results.json of that service: one test for each kind of each function."""
-        tests = [{"name": f"{name}: {kind}", "score": entry["points"] or 0,
-                  "max_score": entry["out_of"], "output": entry["message"] or ""}
-                 for name, kinds in self.entries().items() for kind, entry in kinds.items()
-                 if entry["out_of"]]
-        return {"score": sum(test["score"] for test in tests), "output": error or "",
-                "extra_data": {MARK: True}, "tests": tests}
+        if self.target:
+            try:
+                self.target.write_text(json.dumps(self.results(error), indent=1) + "\n",
+                                       encoding="utf-8")
+            except OSError as problem:
+                raise pytest.UsageError(one_line(f"--json: {self.target}: expected a file that can "
+                                                 f"be written, got {problem}")) from None
 
 
-MARK = "graded by course/grader.py"
-
-
-def remove_own(option, path):
+def remove_own(path):
     """Remove the file of an earlier grading. Any other file stays, and nothing is graded."""
-    shown = printable(str(path))
     try:
-        if path.is_symlink() or path.exists():
-            record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            if path.is_symlink() or not (record.get(MARK) or record["extra_data"][MARK]):
-                raise KeyError
-            path.unlink()
-        if not path.name or not path.parent.is_dir():
-            raise pytest.UsageError(f"{option}: expected a file in a folder that exists, got "
-                                    f"{shown}")
-    except OSError as error:
-        raise pytest.UsageError(f"{option}: {shown}: {one_line(error)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise pytest.UsageError(f"{option}: expected a new file or one that the grader wrote, got "
-                                f"{shown}, which exists") from None
+        if path.is_file() and not path.is_symlink():
+            if path.read_bytes().startswith(MARK.encode()):
+                path.unlink()
+        if path.is_symlink() or path.exists() or not path.parent.is_dir():
+            raise OSError
+    except OSError:
+        raise pytest.UsageError(one_line("--json: expected a file that the grader wrote, or a new "
+                                         f"one in a folder that exists, got {path}")) from None
 
 
 def points_of(item):
@@ -449,18 +383,3 @@ def points_of(item):
 
 def copied(x):
     return x.detach().clone() if isinstance(x, torch.Tensor) else x
-
-
-def one_line(error):
-    text = printable(" ".join(str(error).split()))[:500]
-    return text if type(error).__name__ in ("GradedError", "TimeoutError") else (
-        f"{type(error).__name__}: {text}")
-
-
-def kill(process):
-    """The process and all that it started."""
-    with contextlib.suppress(OSError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()

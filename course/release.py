@@ -1,7 +1,7 @@
 """Writes what students get: the stubs and the rest of the program, without the solution.
 
     python -m course.release FOLDER                 FOLDER, and the instructor's key in FOLDER-key
-    python -m course.release FOLDER --variant=2     other names, signs and orders of arguments
+    python -m course.release FOLDER --variant=2     other names, signs and units
 
 FOLDER has no tvkd.py with bodies, no naive bodies, no hidden tests, no mutation test and none of
 the pages that answer the exercises. Students write my_tvkd.py; then train.py runs on their
@@ -10,11 +10,12 @@ functions. Grade with the whole repository and the same number:
     python -m pytest -q --impl=THEIRS --variant=2 --json=points.json
 """
 
+import re
 import shutil
 import sys
 from pathlib import Path
 
-from course.assignment import ROOT
+from course.assignment import ROOT, command
 from course.variants import MY, Variant
 from harness.errors import printable
 
@@ -23,40 +24,12 @@ FILES = ("model.py", "data.py", "train.py", "requirements.txt", "LICENSE", "harn
          "course/grader.py", "course/worker.py", "course/variants.py", "course/exercises.md",
          "tests/conftest.py", "tests/test_tvkd.py", "tests/test_shaping_invariance.py",
          "tests/toy_mdp.py")
-README = """\
-# TVKD: exercises
-
-Write the ten functions of `my_tvkd.py`. Each docstring says what goes in and what comes out; the
-equations stand above the functions.{unlike}
-
-```sh
-pip install -r requirements.txt
-python -m pytest -q --impl=my_tvkd.py       # your points; --function=NAME for one function
-python train.py                             # with all ten written, the program runs on yours
-```
-
-`tvkd.py` lets the rest of the program call your functions; leave it alone. Your instructor grades
-with more tests than these. The other exercises are in [course/exercises.md](course/exercises.md);
-they call the functions by their names without a number.
-"""
-UNLIKE = """ Where a docstring says
-"UNLIKE THE EQUATIONS ABOVE", do as it says. The tests show numbers in the equations' convention,
-and the input as your function got it."""
 
 
 def stubs(variant):
     """The assignment, with the equations and without what the comments make of them."""
-    lines, kept = variant.stubs().splitlines(), []
-    first = next(i for i, line in enumerate(lines) if line.startswith('"""'))
-    explains = False
-    for i, line in enumerate(lines):
-        if not line.startswith("#"):
-            explains = False
-        elif i > first and line == "#":
-            explains = True                             # to the end of this block of comments
-        if not explains:
-            kept.append(line)
-    return "\n".join(kept) + "\n"
+    header, text = variant.stubs().split('"""', 1)
+    return header + '"""' + re.sub(r"(?m)^#\n(#.*\n)*", "", text)   # in a block, all from a bare #
 
 
 def write(folder, key, number):
@@ -69,40 +42,32 @@ def write(folder, key, number):
                 shutil.copyfile(path, target)
     assignment = (ROOT / "course" / "assignment.py").read_text(encoding="utf-8")
     for path, text in {
-            folder / "README.md": README.format(unlike=UNLIKE if number else ""),
-            folder / "tvkd.py": variant.adapter_source(),
+            folder / "tvkd.py": variant.adapter(),
             folder / f"{MY}.py": stubs(variant),
             folder / "course" / "assignment.py": assignment.replace("\nVARIANT = 0 ",
                                                                     f"\nVARIANT = {number} "),
-            key / f"{MY}.py": variant.key_source()}.items():
+            key / f"{MY}.py": variant.key()}.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    shutil.copyfile(ROOT / "course" / "students.md", folder / "README.md")
     shutil.copyfile(ROOT / "course" / "answers.md", key / "answers.md")
 
 
-def main(arguments):
-    if arguments == ["--help"]:
-        print(__doc__)
-        return 0
+def release(arguments):
+    numbers = [x[10:] for x in arguments if re.fullmatch(r"--variant=[0-9]{1,9}", x)]
     folders = [x for x in arguments if not x.startswith("-")]
-    numbers = [x.removeprefix("--variant=") for x in arguments if x.startswith("--variant=")]
-    wrong = [x for x in arguments if x.startswith("-") and not x.startswith("--variant=")]
-    wrong += [x for x in numbers if not (x.isascii() and x.isdigit() and len(x) < 10)]
-    try:
-        if wrong or len(folders) != 1 or len(numbers) > 1:
-            raise ValueError("expected a folder and no more than --variant=N beside it, got "
-                             + ascii(" ".join(arguments))[:200])
-        folder = Path(folders[0])
-        key = folder.with_name(folder.name + "-key")
-        for path in (folder, key):
-            if path.exists() or path.is_symlink():
-                raise ValueError(f"expected a folder that is not there yet, got {path}")
-        write(folder, key, int(numbers[0]) if numbers else 0)
-    except (OSError, ValueError) as error:
-        print(f"course.release: {printable(str(error))}", file=sys.stderr)
-        return 2
-    print(f"{printable(str(folder))} for students, {printable(str(key))} for you")
-    return 0
+    if len(folders) != 1 or len(numbers) > 1 or len(folders + numbers) != len(arguments):
+        raise ValueError("expected a folder and no more than --variant=N beside it")
+    folder = Path(folders[0])
+    key = folder.with_name(folder.name + "-key")
+    if any(path.exists() or path.is_symlink() for path in (folder, key)):
+        raise ValueError("expected a folder that is not there yet, nor one with -key after it")
+    write(folder, key, int(*numbers))
+    print(f"{printable(folder)} for students, {printable(key)} for you")
+
+
+def main(arguments):
+    return command("release", __doc__, release, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""This year's convention: the same ten functions under other names, signs and orders of arguments.
+"""This year's convention: the same ten functions under other names, signs and units.
 
 Variant 0 is tvkd.py's own. A variant has three sources: the stubs for students (my_tvkd.py), the
 instructor's key, which is tvkd.py and the convention on top of it, and tvkd.py of the release,
@@ -9,161 +9,107 @@ import ast
 import re
 import textwrap
 import types
-from typing import NamedTuple
 
 from course.assignment import FUNCTIONS, ROOT, exercise
 
-HAS_SOLUTION = (ROOT / "course" / "release.py").exists()        # a release is without
 MY = "my_tvkd"
-
-
-class Change(NamedTuple):
-    function: str
-    unlike: str                 # what a student reads
-    result: tuple = ("{}", "{}")                # tvkd.py's in the variant, and back
-    args: dict = {}             # parameter -> the variant's in tvkd.py's terms, and back
-    swapped: tuple = ()         # pairs of parameters that change places
-
-
-REJECTED_FIRST = "The rejected response stands before the chosen one in every pair of arguments."
-OPPOSITE = "Surprisals, -log pi, take the place of log-probs: "
+OPPOSITE, LN2 = ("-{}", "-{}"), "0.6931471805599453"
+SURPRISAL = "Surprisals, -log pi, take the place of log-probs: "
+BITS = "The result is in bits: nats divided by ln 2.", {"result": ("{} / " + LN2, "{} * " + LN2)}
+POLICIES = dict.fromkeys(("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected"),
+                         OPPOSITE)
+# (function, what a student reads, {the result or a parameter: (how the key translates it between
+# the variant and tvkd.py, how the tests do)}).
 CHANGES = {
     "cost": [
-        Change("shaping", "psi is a cost: every result has the opposite sign.", ("-{}", "-{}")),
-        Change("tvkd_loss", "psi is a cost: both sums of psi have the opposite sign.",
-               args={name: (f"-{name}", f"-{name}") for name in ("psi_chosen", "psi_rejected")})],
+        ("shaping", "psi is a cost: every result has the opposite sign.", {"result": OPPOSITE}),
+        ("tvkd_loss", "psi is a cost: both sums of psi have the opposite sign.",
+         {"psi_chosen": OPPOSITE, "psi_rejected": OPPOSITE})],
     "gamma": [
-        Change("shaping", "psi is divided by gamma: gamma stands below Phi(s_t).",
-               ("{} / gamma", "{} * gamma"))],
+        ("shaping", "psi is divided by gamma: gamma stands below Phi(s_t).",
+         {"result": ("{} / gamma", "{} * gamma")})],
     "alpha": [
-        Change("tvkd_loss", "alpha stands inside beta's brackets: beta [ ... - alpha [ ... ] ].",
-               args={"alpha": ("beta * alpha", "alpha / beta")})],
+        ("tvkd_loss", "alpha stands inside beta's brackets: beta [ ... - alpha [ ... ] ].",
+         {"alpha": ("beta * {}", "{} / beta")})],
     "q_values": [
-        Change("soft_value", "`logits` holds Q-values, beta times the logits.",
-               args={"logits": ("logits / beta", "logits * beta")})],
+        ("soft_value", "`logits` holds Q-values, beta times the logits.",
+         {"logits": ("{} / beta", "{} * beta")})],
     "surprisal": [
-        Change("action_logps", OPPOSITE + "the result is positive.", ("-{}", "-{}")),
-        Change("token_logps", OPPOSITE + "the result is positive.", ("-{}", "-{}")),
-        Change("nll_loss", OPPOSITE + "`logps` is positive.", args={"logps": ("-logps",) * 2})],
-    "order": [
-        Change("dpo_loss", REJECTED_FIRST, swapped=(("policy_chosen", "policy_rejected"),
-                                                    ("ref_chosen", "ref_rejected"))),
-        Change("tvkd_loss", REJECTED_FIRST, swapped=(("policy_chosen", "policy_rejected"),
-                                                     ("ref_chosen", "ref_rejected"),
-                                                     ("psi_chosen", "psi_rejected"))),
-        Change("kd_loss", "The teacher's logits stand before the student's.",
-               swapped=(("student_logits", "teacher_logits"),)),
-        Change("implicit_value", "The reference's log-probs stand before the teacher's.",
-               swapped=(("teacher_logps", "teacher_ref_logps"),))],
+        ("action_logps", SURPRISAL + "the result is positive.", {"result": OPPOSITE}),
+        ("token_logps", SURPRISAL + "the result is positive.", {"result": OPPOSITE}),
+        ("dpo_loss", SURPRISAL + "the four sums are positive.", POLICIES),
+        ("tvkd_loss", SURPRISAL + "the four sums are positive, psi stays.", POLICIES),
+        ("implicit_value", SURPRISAL + "both are positive.",
+         {"teacher_logps": OPPOSITE, "teacher_ref_logps": OPPOSITE}),
+        ("nll_loss", SURPRISAL + "`logps` is positive.", {"logps": OPPOSITE})],
+    "bits": [("kd_loss", *BITS), ("nll_loss", *BITS)],
 }
 # Neighbours have little in common, so that last year's file is of little use.
-VARIANTS = ((), ("cost", "alpha", "order"), ("gamma", "q_values", "surprisal"),
-            ("cost", "q_values", "order"), ("gamma", "alpha", "surprisal", "q_values"))
-
-
-def filled(line, indent):
-    return textwrap.fill(line, 100, subsequent_indent=" " * indent, break_long_words=False)
+VARIANTS = ((), ("cost", "alpha", "bits"), ("gamma", "q_values", "surprisal"), ("cost", "bits"),
+            ("gamma", "alpha", "surprisal", "q_values"))
 
 
 class Variant:
     def __init__(self, number=0):
         self.number = number
         chosen = VARIANTS[(number - 1) % (len(VARIANTS) - 1) + 1] if number else ()
-        self.changes = [change for name in chosen for change in CHANGES[name]]
+        changes = [change for name in chosen for change in CHANGES[name]]
+        self.unlike = {name: " ".join(text for function, text, _ in changes if function == name)
+                       for name in FUNCTIONS}
+        self.places = {name: {} for name in FUNCTIONS}
+        for function, _, places in changes:
+            self.places[function] |= places
         self.names = {name: f"{name}{number or ''}" for name in FUNCTIONS}
-        source = (ROOT / "tvkd.py").read_text(encoding="utf-8")
-        self.signatures = {node.name: node.args for node in ast.parse(source).body
+        self.source = (ROOT / "tvkd.py").read_text(encoding="utf-8")
+        self.signatures = {node.name: node.args for node in ast.parse(self.source).body
                            if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS}
 
-    def of(self, function):
-        return [change for change in self.changes if change.function == function]
-
-    def unlike(self, function):
-        return " ".join(change.unlike for change in self.of(function))
-
     def parameters(self, function):
-        """Their names, in the variant's order."""
-        names = [arg.arg for arg in self.signatures[function].args]
-        for change in self.of(function):
-            for a, b in change.swapped:
-                i, j = names.index(a), names.index(b)
-                names[i], names[j] = b, a
-        return names
+        return [arg.arg for arg in self.signatures[function].args]
 
-    def signature(self, function, variant):
-        """`values, mask, gamma=1.0, terminal='value'`. Those with defaults keep their places."""
-        if not variant:
-            return ast.unparse(self.signatures[function])
-        args = ast.parse(f"lambda {ast.unparse(self.signatures[function])}: 0", mode="eval").body
-        args.args.args = [ast.arg(name) for name in self.parameters(function)]
-        return ast.unparse(args.args)
+    def wrappers(self, module, side):
+        """Source of ten functions that call those of `module` in the other convention.
 
-    def head(self, function, variant):
-        name = self.names[function] if variant else function
-        return filled(f"def {name}({self.signature(function, variant)}):", len(f"def {name}("))
-
-    def wrapper(self, function, place, to_variant):
-        """Source of a function that calls the one in `place`, in the other convention."""
-        side, inner = (0, function) if to_variant else (1, self.names[function])
-        given = {name: name for name in self.parameters(function)}
-        result = "{}"
-        for change in self.of(function):
-            given |= {name: both[side] for name, both in change.args.items()}
-            result = change.result[side].format(result)
-        order = [arg.arg for arg in self.signatures[function].args] if to_variant else given
-        call = f"{place}.{inner}({', '.join(given[name] for name in order)})"
-        body = filled(f"    return {result.format(call)}", 8)
-        return f"{self.head(function, to_variant)}\n{body}"
+        side 0: they are the variant's and call tvkd.py's; side 1: the other way round.
+        """
+        sources = []
+        for name in FUNCTIONS:
+            here, there = (self.names[name], name) if side == 0 else (name, self.names[name])
+            places = {place: both[side] for place, both in self.places[name].items()}
+            given = ", ".join(places.get(x, "{}").format(x) for x in self.parameters(name))
+            result = places.get("result", "{}").format(f"{module}.{there}({given})")
+            head = f"def {here}({ast.unparse(self.signatures[name])}):"
+            sources += ["", "", *textwrap.wrap(head, 100, subsequent_indent=8 * " "),
+                        *textwrap.wrap(f"    return {result}", 100, subsequent_indent=8 * " ")]
+        return "\n".join(sources) + "\n"
 
     # --- the three sources ---------------------------------------------------------------------
 
-    def adapter_source(self):
-        functions = "\n\n\n".join(self.wrapper(name, MY, to_variant=False) for name in FUNCTIONS)
-        return (f'"""The functions of {MY}.py as model.py, train.py and the tests call them."""\n\n'
-                f"import {MY}\n\n\n{functions}\n")
+    def stubs(self):
+        """The assignment in the variant's names, with what is unlike its equations."""
+        text = exercise(self.source)
+        for ours, theirs in self.names.items():         # not the word "shaping" of a sentence
+            unlike = f"UNLIKE THE EQUATION: {self.unlike[ours]}\n" if self.unlike[ours] else ""
+            comment = textwrap.indent(textwrap.fill(unlike, 98), "# ") + "\n" * bool(unlike)
+            text = text.replace(f"\ndef {ours}(", f"\n{comment}def {theirs}(")
+            text = re.sub(rf"(?<=[`=]){ours}\b", theirs, text)
+            text = re.sub(rf"(?m)^#     {ours} {{{len(theirs) - len(ours)}}}", f"#     {theirs}",
+                          text)
+        return text
 
-    def adapter(self, functions):
+    def key(self):
+        if not self.number:
+            return self.source
+        return (f"{self.source}\n\n# The convention of variant {self.number}.\nimport types\n\n"
+                f"standard = types.SimpleNamespace(**globals())\n{self.wrappers('standard', 0)}")
+
+    def adapter(self):
+        return (f'"""The functions of {MY}.py as model.py, train.py and the tests call them."""\n\n'
+                f"import {MY}\n{self.wrappers(MY, 1)}")
+
+    def adapted(self, functions):
         """A module `tvkd` that calls these functions, an object with the variant's names."""
         module = types.ModuleType("tvkd")
         vars(module)[MY] = functions
-        exec(self.adapter_source().replace(f"import {MY}\n", ""), vars(module))
+        exec(self.wrappers(MY, 1), vars(module))
         return module
-
-    def key_source(self):
-        source = (ROOT / "tvkd.py").read_text(encoding="utf-8")
-        if not self.number:
-            return source
-        functions = "\n\n\n".join(self.wrapper(name, "standard", to_variant=True)
-                                  for name in FUNCTIONS)
-        return (f"{source}\n\n# The convention of variant {self.number}.\nimport types\n\n"
-                f"standard = types.SimpleNamespace(**globals())\n\n\n{functions}\n")
-
-    def key(self):
-        """The key as a module; None where there is no solution to make it from."""
-        if not HAS_SOLUTION:
-            return None
-        module = types.ModuleType("key")
-        exec(compile(self.key_source(), "key.py", "exec"), vars(module))
-        return module
-
-    def stubs(self):
-        """tvkd.py without the bodies, in the variant's names, with what is unlike its equations."""
-        source = exercise((ROOT / "tvkd.py").read_text(encoding="utf-8"))
-        if not self.number:
-            return source
-        lines = source.splitlines()
-        for node in reversed(ast.parse(source).body):
-            if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS:
-                start, end = node.lineno - 1, node.body[0].lineno - 1
-                if self.of(node.name):
-                    at = node.body[0].end_lineno - 1
-                    text = [f"    {change.unlike}" for change in self.of(node.name)]
-                    last = lines[at].removesuffix('"""').rstrip()
-                    lines[at:at + 1] = [*[last] * bool(last), "", "    UNLIKE THE EQUATIONS ABOVE:",
-                                        *text, '    """']
-                lines[start:end] = [self.head(node.name, True)]
-        text = "\n".join(lines) + "\n"
-        for ours, theirs in self.names.items():         # not the word "shaping" of a sentence
-            text = re.sub(rf"(?<=[`=]){ours}\b", theirs, text)
-            text = re.sub(rf"(?m)^#     {ours}  ?", f"#     {theirs} ", text)
-        return text

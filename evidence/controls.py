@@ -77,7 +77,7 @@ def which_flip(n, share, seed):
 
 
 def psi_of_another_pair(psi, seed):
-    """psi (2, N) dealt anew along one cycle, so that no pair keeps its own."""
+    """psi (2, N) permuted along one cycle, so that no pair keeps its own."""
     order = torch.randperm(psi.shape[1], generator=torch.Generator().manual_seed(seed + 2 ** 32))
     return psi[:, torch.empty_like(order).scatter(0, order, order.roll(1))]
 

@@ -2,7 +2,7 @@
 
     python -m evidence.run                              all experiments but those on files
     python -m evidence.run main wrong                   these, and the tuning they read settings of
-    python -m evidence.run human real --data=FILE.jsonl on files; --data may stand repeatedly
+    python -m evidence.run human real --data=FILE.jsonl on files; --data can be given more than once
     python -m evidence.run main --seeds=4               the first four seeds of each; go on later
     python -m evidence.run --plan                       what is left to do, and how long it takes
     python -m evidence.tables                           the tables and figures from the records

@@ -43,7 +43,8 @@ class Recipe:
 class Config:
     data: str = option("", "file of preference pairs; empty: the toy task")
     skip_bad: int = option(0, "1: leave out rows that cannot be read, and count them", among=FLAG)
-    methods: tuple = option(("bc", "kd", "dpo", "tvkd"), "a row each: of bc, kd, dpo, tvkd, soft")
+    methods: tuple = option(("bc", "kd", "dpo", "tvkd"), "methods that train the student, a row of "
+                            "the table for each: any of bc, kd, dpo, tvkd, soft")
     out: str = option("out", "folder for the results and the weights of each seed", "out-data")
     seed: int = option(0, "of toy data, split, weights, batches, sampling", among=ANY)
     seeds: int = option(1, "number of full runs, with seeds seed, seed+1, ...")
@@ -51,11 +52,11 @@ class Config:
     ask: str = option("", "answer this prompt with every model of the run in --out")
     score: str = option("", "score the pairs of this file into scores.jsonl in --out")
     export: str = option("", "write those models into this folder, for the transformers library")
-    tokens: int = option(0, "1, beside --ask: psi of each token of a first answer", among=FLAG)
+    tokens: int = option(0, "1, with --ask: psi of each token of a first answer", among=FLAG)
     alpha: float = option(1.0, "weight of the teacher's psi in TVKD; 0 is DPO, below 0 the plus "
                           "reading of the loss", None, (-1e6, 1e6))
-    beta: float = option(1.0, "of DPO and TVKD; larger stays closer to the reference", 0.1)
-    gamma: float = option(1.0, "discount; below 1 lengths matter to psi", None, (0, 1e6))
+    beta: float = option(1.0, "KL penalty of DPO, TVKD; larger stays closer to the reference", 0.1)
+    gamma: float = option(1.0, "discount of psi; below 1 the sum depends on length", None, (0, 1e6))
     value: tuple = option(("implicit", "logits"), "teacher's value, a TVKD row each: implicit (its "
                           "log-ratios), logits (their logsumexp), given (from the rows of --data)")
     terminal: str = option("", "potential of the finished response; empty: hold for logits, else "

@@ -25,8 +25,7 @@ def learn_tokenizer(items, vocab_size):
     """Learn byte-pair merges from text items -> tiktoken.Encoding of at most `vocab_size` ids.
 
     Starts from the 256 bytes and joins the most frequent pair of neighbours until the vocabulary
-    is full, EOS included, or every piece is one token. (The trainer in tiktoken._educational does
-    the same, but fails on a small text that has no pair left.)
+    is full, EOS included, or every piece is one token.
     """
     if vocab_size < 257:
         raise UserError(f"--vocab_size: expected at least 257 (bytes and EOS), got {vocab_size}")
@@ -79,24 +78,15 @@ def merge(parts, left, right):
 
 def named_tokenizer(name):
     """An encoding that tiktoken knows by name, such as "gpt2"; downloaded at first use."""
-    names = tiktoken.list_encoding_names()
-    if name not in names:
-        raise UserError(f"--tokenizer: expected one of {', '.join(names)}, got {name:.60}")
     try:
         tokenizer = tiktoken.get_encoding(name)
         tokenizer.eot_token             # KeyError: a plugin's vocabulary need not have one
         return tokenizer
-    except KeyError:
-        raise UserError(f"--tokenizer: expected a vocabulary with {END_OF_TEXT}, got {name}"
-                        ) from None
-    except ValueError:                  # another hash than tiktoken's
-        raise UserError(f"--tokenizer: the download of {name}, or its file in TIKTOKEN_CACHE_DIR, "
-                        f"holds other bytes than expected, such as a proxy's page; fetch it where "
-                        f"there is an open network, or leave --tokenizer out") from None
-    except OSError as error:
-        raise UserError(f"--tokenizer: {name} could not be downloaded ({type(error).__name__}); "
-                        f"fetch it once where there is a network and set TIKTOKEN_CACHE_DIR to the "
-                        f"folder that holds it, or leave --tokenizer out") from None
+    except (KeyError, OSError, ValueError) as error:    # ValueError: another hash than tiktoken's
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise UserError(f"--tokenizer: expected one of {known}, with {END_OF_TEXT}, fetched once "
+                        f"from an open network into TIKTOKEN_CACHE_DIR, or no --tokenizer; got "
+                        f"{name:.60}: {error!r:.150}") from None
 
 
 def text_of(ids, tokenizer):
@@ -112,9 +102,8 @@ def text_of(ids, tokenizer):
 
 def tokenizer_text(tokenizer):
     """A vocabulary in tiktoken's own text format: a line `base64(bytes) rank` for each token."""
-    tokens = (tokenizer.decode_single_token_bytes(rank) for rank in range(tokenizer.eot_token))
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n"
-                   for rank, token in enumerate(tokens))
+                   for token, rank in tokenizer._mergeable_ranks.items())
 
 
 def load_tokenizer(path):

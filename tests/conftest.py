@@ -3,7 +3,6 @@
     pytest --impl=my_tvkd.py        grade another tvkd.py; the grader is course/grader.py
 """
 
-import os
 import socket
 import sys
 from pathlib import Path
@@ -21,8 +20,7 @@ torch.set_num_threads(1)        # the tensors are small: two threads would wait 
 
 GRADING = (("--function", "NAME", "test this function only"),
            ("--variant", "N", "the convention that course/release.py gave to students"),
-           ("--json", "FILE", "write the points to FILE"),
-           ("--gradescope", "FILE", "write the points to FILE in Gradescope's format"))
+           ("--json", "FILE", "write the points to FILE, as Gradescope reads them"))
 
 
 def pytest_addoption(parser):
@@ -34,13 +32,15 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out by the README's command, run by .ci/run")
     config.addinivalue_line("markers", "points(function, kind, part): what the test decides")
-    function, variant, *targets = (config.getoption(option) for option, _, _ in GRADING)
+    function, variant, target = (config.getoption(option) for option, _, _ in GRADING)
     if config.getoption("--impl") is not None:
         from course.grader import Grader
         folder = config.invocation_params.dir
-        targets = [target if target is None else folder / target for target in targets]
-        config.pluginmanager.register(
-            Grader(folder / config.getoption("--impl"), function, variant, *targets))
+        config.pluginmanager.register(Grader(folder / config.getoption("--impl"), function, variant,
+                                             None if target is None else folder / target))
+        # The grader prints its own, shorter failures, unless other options ask for pytest's.
+        if config.option.tbstyle == "auto" and config.option.reportchars == "fE":
+            config.option.tbstyle, config.option.reportchars = "no", ""
     for option, _, _ in GRADING:
         if config.getoption(option) is not None and config.getoption("--impl") is None:
             raise pytest.UsageError(f"{option}: expected --impl=FILE beside it")

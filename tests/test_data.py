@@ -186,17 +186,17 @@ def test_named_tokenizer_errors(tmp_path, monkeypatch):
     TIKTOKEN_CACHE_DIR, and so does one of another hash; a vocabulary of a plugin may lack EOS."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    with pytest.raises(UserError, match="--tokenizer: expected one of .*gpt2.*, got gpt3"):
+    with pytest.raises(UserError, match="--tokenizer: expected one of .*gpt2.*; got gpt3: "):
         tokenizers.named_tokenizer("gpt3")
-    with pytest.raises(UserError, match="could not be downloaded .*TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(UserError, match="network into TIKTOKEN_CACHE_DIR, .*; got gpt2: "):
         tokenizers.named_tokenizer("gpt2")
     monkeypatch.setattr(tiktoken.load, "read_file", lambda path: b"<html>Please log in</html>")
-    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR, holds other bytes than expected"):
+    with pytest.raises(UserError, match="got gpt2: ValueError.*Hash mismatch"):
         tokenizers.named_tokenizer("gpt2")
     bare = {"name": "bare", "pat_str": ".", "special_tokens": {},
             "mergeable_ranks": {bytes([b]): b for b in range(256)}}
     monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS, "bare", lambda: bare)
-    with pytest.raises(UserError, match="expected a vocabulary with <.endoftext.>, got bare"):
+    with pytest.raises(UserError, match="with <.endoftext.>, .*; got bare: KeyError"):
         tokenizers.named_tokenizer("bare")
 
 

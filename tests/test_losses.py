@@ -141,22 +141,22 @@ def test_psi_is_summed_in_float64():
 
 
 def test_measure_by_hand():
-    """A model that says "cat" for ever; its reference has 1/2, 1/4, 1/4 for EOS, cat, dog. Answers
-    of one token earn 1 where a cat was asked for, else -1: mean 1/3, variance 4/3, interval
-    4.303 sqrt(4/3) / sqrt(3) = 2.868. KL: ln 4 in the one state. beta 1/2 and log pi = 0 for cat,
-    ln 1e-30 = -69.0776 for the others. Margins: right, 69.0776 / 2; wrong, -ln 4 / 2; a tie. The
-    rewards: equal, wrong, wrong. True accuracy: 1 + 1/2 of two."""
-    pairs = [Pair([1], [1, 0], [2, 0]), Pair([1], [0], [1, 0]), Pair([1], [1, 0], [1, 0])]
-    texts = [Pair("cat", "dog", ""), Pair("dog", "cat", "dog"), Pair("cat", "dog", "cat")]
-    words = SimpleNamespace(eot_token=0, decode_single_token_bytes=[b"", b"cat"].__getitem__)
+    """A model that says "cat" for ever; its reference has 1/2, 1/4, 1/4 for EOS, cat, dog. Behind a
+    prompt of 10 the context has room for two tokens: "cat cat" earns 1 - 1 where a cat was asked
+    for, else -2: mean -2/3, variance 4/3, interval 4.303 sqrt(4/3) / sqrt(3) = 2.868. KL: ln 4 in
+    each state. beta 1/2 and log pi = 0 for cat, ln 1e-30 = -69.0776 for the others. Margins: right,
+    69.0776 / 2; wrong, -ln 4 / 2; a tie. By reward: equal, wrong, wrong. True accuracy: 1.5 / 2."""
+    pairs = [Pair([1] * 10, *ids) for ids in (([1, 0], [2, 0]), ([0], [1, 0]), ([1, 0], [1, 0]))]
+    texts = [Pair("red cat", "dog", ""), Pair("red dog", "cat", "dog"), Pair("cat", "dog", "cat")]
+    words = SimpleNamespace(eot_token=0, decode_single_token_bytes=[b"", b" cat"].__getitem__)
     model, ref, held_out = fixed(0.0, 1.0, 0.0), fixed(0.5, 0.25, 0.25), HeldOut(
-        pairs, texts, words, toy=True, samples=2, max_new_tokens=1, batch_size=2, seed=0)
-    expected = {"reward": 1 / 3, "pref_acc": 0.5, "true_acc": 0.75, "kl": math.log(4), "length": 1,
-                "pref_margin": (69.0776 - math.log(4)) / 6}
+        pairs, texts, words, toy=True, samples=2, max_new_tokens=3, batch_size=2, seed=0)
+    expected = {"reward": -2 / 3, "pref_acc": 0.5, "true_acc": 0.75, "kl": 2 * math.log(4),
+                "length": 2, "pref_margin": (69.0776 - math.log(4)) / 6}
     measured, curve = measure(model, ref, 0.5, held_out), Validation(ref, 0.5, held_out)(model)
     assert curve == pytest.approx({f"val_{name}": x for name, x in expected.items()}, abs=1e-3)
     assert measured["numbers"].items() >= {name[4:]: x for name, x in curve.items()}.items()
-    assert measured["reward"].tolist() == [1, -1, 1] and measured["numbers"]["pref_n"] == 3
+    assert measured["reward"].tolist() == [0, -2, 0] and measured["numbers"]["pref_n"] == 3
     assert measured["numbers"]["reward_ci"] == pytest.approx(2.868, abs=1e-3)
 
 
