@@ -79,26 +79,19 @@ def lock(folder):
 
 def digest_of(value):
     """SHA-256 of all that a value consists of."""
-    sha = hashlib.sha256()
-    feed(sha, value)
-    return sha.hexdigest()
-
-
-def feed(sha, value):
+    if isinstance(value, GPT):
+        value = list(value.state_dict().values())
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        sha.update(f"{value.dtype} {tuple(value.shape)}".encode() + flat.numpy().tobytes())
-    elif isinstance(value, GPT):
-        feed(sha, list(value.state_dict().values()))
+        raw = f"{value.dtype} {tuple(value.shape)}".encode() + flat.numpy().tobytes()
     elif isinstance(value, tiktoken.Encoding):      # one that was not learned is known by its name
-        sha.update((tokenizer_text(value) if value.name == "learned" else value.name).encode())
+        raw = (tokenizer_text(value) if value.name == "learned" else value.name).encode()
     elif isinstance(value, list) and value and isinstance(value[0], (torch.Tensor, list, tuple)):
-        sha.update(f"{len(value)} parts;".encode())
-        for part in value:
-            feed(sha, part)
+        raw = " ".join(["parts:", *map(digest_of, value)]).encode()
     else:       # a Pair's values are left out: they reach a loss as psi, which is digested there
         value = value[:3] if hasattr(value, "rejected") else value
-        sha.update(f"{value!r};".encode("utf-8", "surrogatepass"))
+        raw = repr(value).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(raw).hexdigest()
 
 
 def pack(value):
@@ -157,8 +150,8 @@ class Keep:
     alone = functools.partialmethod(__call__, agree=bool)
 
     def open(self):
-        """Before a seed: lock the folder, remove what a kill left half written. Nothing in --out is
-        touched before, so a refused command leaves an earlier run as it was."""
+        """Lock the folder, remove what a kill left half written. Called by the first stage of a
+        seed, so that a command that is refused before leaves an earlier run as it was."""
         folder = self.out / f"seed{self.seed}"
         if folder == self.opened or not is_first():
             return
@@ -224,17 +217,16 @@ class Keep:
         for part in sorted(part for part in {*stored, *key} if stored.get(part) != key.get(part)):
             was, now = stored.get(part), key.get(part)
             digests = any(isinstance(x, str) and len(x) == DIGITS for x in (was, now))
-            changed.append(f"{part.removeprefix('code: ')} changed" if digests else
-                           f"{part} was {was!r}, is {now!r}")
-        if changed:
-            print(f"{printable(path)}: rebuilt, because {printable(', '.join(changed))}",
-                  flush=True)
-        return None if changed else content
+            what = "changed" if digests else f"was {was!r}, is {now!r}"
+            changed.append(printable(f"{part.removeprefix('code: ')} {what}"))
+        if not changed:
+            return content
+        print(f"{printable(path)}: rebuilt, because {', '.join(changed)}", flush=True)
+        return None
 
     def put(self, path, key, content):
         if is_first():
             file = io.BytesIO()
             # The key as one text: pickle writes equal texts once if they are one object.
             torch.save({"key": json.dumps(key), **content}, file)
-            raw = file.getvalue()
-            write(path, raw + hashlib.sha256(raw).hexdigest().encode())
+            write(path, file.getvalue() + hashlib.sha256(file.getvalue()).hexdigest().encode())
