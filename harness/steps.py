@@ -17,8 +17,7 @@ import torch.distributed as dist
 from harness.errors import UserError
 from model import device_of
 
-# --------------------------------------------------------------------------------------------------
-# The gradient
+# --- the gradient ---------------------------------------------------------------------------------
 
 TOKENS = 1500           # that a model reads at a time: more run no faster
 
@@ -99,8 +98,7 @@ def padded(part, lengths):
     return sum(len(rows[k:k + size]) * rows[k:k + size][-1] for k in range(0, len(rows), size))
 
 
-# --------------------------------------------------------------------------------------------------
-# Two threads
+# --- two threads ----------------------------------------------------------------------------------
 
 SECOND = ThreadPoolExecutor(1)          # its thread starts with the first task
 
@@ -127,8 +125,7 @@ def one_by_one(f, items, threads, grad):
         return [f(item) for item in items]
 
 
-# --------------------------------------------------------------------------------------------------
-# Several processes
+# --- several processes ----------------------------------------------------------------------------
 
 def rank_and_world():
     """(rank, number of processes): (0, 1) without torchrun."""
