@@ -9,23 +9,20 @@ COLUMNS = (("true reward", "reward", ".2f"), ("minus DPO", "vs_dpo", "+.2f"),   
 TINTS = {4: 75, 3: 117, 2: 153, 1: 189, -1: 230, -2: 223, -3: 216, -4: 208}     # blue, orange
 
 
-def mean_of(rows, key):
-    """Mean and 95% interval of one method's rows: over seeds, or one seed's own, over prompts."""
-    if len(rows) == 1:
-        return rows[0][key], rows[0].get(f"{key}_ci")
-    return summary([row[key] for row in rows])
-
-
 def cells(rows):
-    """The table as text, cell by cell: the titles, then a line for each method."""
+    """The table as text, cell by cell: the titles, then a line for each method: its mean and 95%
+    interval over seeds, or of one seed over prompts."""
     known = {key for row in rows for key, x in row.items() if x is not None}
     known -= {"acc_vs_dpo"} if "reward" in known else set()     # one difference from DPO is enough
-    columns, groups = [column for column in COLUMNS if column[1] in known], {}
-    for row in rows:
-        groups.setdefault(row["label"], []).append(row)
-    return [["model", *(title for title, _, _ in columns)], *(
-        [printable(label), *(plus_minus(*mean_of(group, key), form) for _, key, form in columns)]
-        for label, group in groups.items())]
+    columns, lines = [column for column in COLUMNS if column[1] in known], []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        group, line = [row for row in rows if row["label"] == label], [printable(label)]
+        for _, key, form in columns:
+            mean, half = (summary([row[key] for row in group]) if len(group) > 1 else
+                          (group[0][key], group[0].get(f"{key}_ci")))
+            line.append(plus_minus(mean, half, form))
+        lines.append(line)
+    return [["model", *(title for title, _, _ in columns)], *lines]
 
 
 def footnote(rows):
