@@ -39,10 +39,7 @@ class Progress:
         print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def begin(self, model, optimizer, recipe, validate):
-        """Before the first step -> how many steps an interrupted stage has behind it.
-
-        recipe: steps, log_interval, eval_interval; validate(model) -> metrics, or None.
-        """
+        """Before the first step -> how many steps an interrupted stage has behind it."""
         self.model, self.optimizer, self.recipe, self.validate = model, optimizer, recipe, validate
         state = self.keep and self.keep.find(self.path, self.key)
         if not state:
@@ -80,8 +77,8 @@ class Progress:
             metrics = {name: x / total["n"] for name, x in total.items()
                        if name not in ("n", "tokens")}
             metrics |= self.validate(self.model) if validate_now else {}
-            line = {"seed": self.seed, "stage": self.stage, "step": step, **metrics}
-            self.write(json.dumps(line))
+            self.write(json.dumps({"seed": self.seed, "stage": self.stage, "step": step,
+                                   **metrics}))
             self.show(step, steps, metrics)
             self.resumed = time.perf_counter()
         if self.keep:
@@ -96,10 +93,8 @@ class Progress:
                 raise KeyboardInterrupt
 
     def show(self, step, steps, metrics):
-        numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()
-                            if value is not None)
-        done = step - self.first_step + 1
+        numbers = "  ".join(f"{name} {x:.3f}" for name, x in metrics.items() if x is not None)
+        done, rate = step - self.first_step + 1, self.tokens / self.seconds
         # The first steps are slow (memory, caches), so the time left is not known yet.
         left = f"  {self.seconds / done * (steps - step):.0f} s left" if done >= 5 else ""
-        rate = self.tokens / self.seconds
         print(f"  {self.stage} {step}/{steps}  {numbers}  {rate:,.0f} tokens/s{left}", flush=True)
