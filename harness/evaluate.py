@@ -14,8 +14,7 @@ from harness.steps import two_at_once
 from harness.tokenizers import text_of
 from model import batches, both_responses, device_of, rows_logps
 
-UNKNOWN = dict.fromkeys(("reward_ci", "true_acc_ci", "vs_dpo", "vs_dpo_ci", "acc_vs_dpo",
-                         "acc_vs_dpo_ci"))          # in the rows that have no such number
+UNKNOWN = dict.fromkeys("reward_ci true_acc_ci vs_dpo vs_dpo_ci acc_vs_dpo acc_vs_dpo_ci".split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +32,9 @@ class HeldOut:
     @classmethod
     def of(cls, task, split, config, seed):
         """The split "val" or "test" of a Task. On validation prompts one answer each is enough."""
-        pairs, texts = getattr(task.ids, split), getattr(task.texts, split)
-        samples = config.samples if split == "test" else 1
-        return cls(pairs, texts, task.tokenizer, not config.data, samples, config.max_new_tokens,
-                   config.batch_size, seed)
+        return cls(getattr(task.ids, split), getattr(task.texts, split), task.tokenizer,
+                   not config.data, config.samples if split == "test" else 1,
+                   config.max_new_tokens, config.batch_size, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,13 +94,16 @@ def evaluate(model, ref, beta, held_out):
     reward does, where the two answers differ in it. ref, beta: what the model started from and the
     beta of its implicit reward. The true reward is known on the toy task alone.
     """
-    pairs, texts, samples = held_out.pairs, held_out.texts, held_out.samples
-    logps = all_pair_logps(model, pairs, held_out.batch_size)                       # (2, pairs)
+    texts, samples, device = held_out.texts, held_out.samples, device_of(model)
+    logps = all_pair_logps(model, held_out.pairs, held_out.batch_size)              # (2, pairs)
     chosen, rejected = (logps - reference_logps(ref, held_out)).cpu()               # log-ratios
-    margins, prompts = beta * (chosen - rejected), [pair.prompt for pair in pairs
-                                                    for _ in range(samples)]
+    margins = beta * (chosen - rejected)                                            # (pairs,)
+    prompts = [pair.prompt for pair in held_out.pairs for _ in range(samples)]
     responses = sample(model, prompts, held_out.tokenizer.eot_token, held_out.max_new_tokens,
                        held_out.seed)
+    rows = [data.Example(*row) for row in zip(prompts, responses)]
+    kl = two_at_once(partial(summed_kl, model, ref),
+                     list(batches(rows, held_out.batch_size, device)), device)
     each = {"pref_acc": is_correct(margins)}
     if held_out.toy:
         asked = [pair.prompt for pair in texts for _ in range(samples)]
@@ -113,9 +114,6 @@ def evaluate(model, ref, beta, held_out):
                              - data.reward(pair.prompt, pair.rejected) for pair in texts])
         each["true_acc"] = is_correct(margins * gaps.sign())[gaps != 0]     # (pairs that differ,)
     means = {name: x.mean().item() if len(x) else None for name, x in each.items()}
-    rows = [data.Example(*row) for row in zip(prompts, responses)]
-    kl = two_at_once(partial(summed_kl, model, ref),
-                     list(batches(rows, held_out.batch_size, device_of(model))), device_of(model))
     metrics = {"reward": None, "true_acc": None, **means, "pref_margin": margins.mean().item(),
                "kl": sum(kl) / len(rows), "length": sum(map(len, responses)) / len(responses)}
     for name, x in metrics.items():
