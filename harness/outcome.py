@@ -91,9 +91,8 @@ class Outcome:
         if config.seeds > 1:
             print(f"\nall seeds\n{table(self.rows)}")
         if config.data and any(row["value"] for row in self.rows):
-            print(f"The teacher's weight is alpha / beta, here {config.alpha / config.beta:g}. If "
-                  "TVKD is below DPO, try a smaller --alpha: too high a weight chases the teacher "
-                  "whatever the labels say.")
+            print(f"The teacher's weight is alpha / beta, here {config.alpha / config.beta:g}: too "
+                  "high a one chases the teacher whatever the labels say; try a smaller --alpha.")
         again = [label for seed, digests in self.models.items() for label, digest in digests.items()
                  if self.past.get(seed, {}).get(label, digest) != digest]
         if again and (out / "scores.jsonl").exists():
