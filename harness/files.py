@@ -10,9 +10,7 @@ from harness.errors import UserError
 
 def write(path, content, option="--out"):
     """Bytes to a file, first under another name: a kill leaves the old file or the new one.
-
-    option: the one that named the folder, for the message where there is no room.
-    """
+    option: the one that named the folder, for the message where there is no room."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
