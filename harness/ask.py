@@ -24,11 +24,9 @@ TOY_PROMPT = re.compile(rf"\s*Describe the {WORD}: {WORD}(?:, {WORD})*\.", re.IG
 
 
 def load_run(config, device):
-    """What a run left in --out -> (its Config, tokenizer, {label: (model, reference, beta)}).
-
-    Every file must be the one whose digest results.json has: one copied from another run would
-    answer, too.
-    """
+    """What a run left in --out -> (its Config, tokenizer, {label: (model, reference, beta)}). Every
+    file must be the one whose digest results.json has: one copied from another run would answer,
+    too."""
     out, seed = Path(config.out), str(config.seed)
     folder, types = out / f"seed{seed}", {f.name: f.type for f in fields(config)}
     try:
@@ -110,9 +108,7 @@ def ask(config, past, tokenizer, models):
 
 def show_answers(prompts, ids, models, tokenizer, config, seed):
     """One sampled answer of every model to each prompt, with its true reward on the toy task.
-
-    prompts: text, equal ones next to each other; ids: the same prompts as ids.
-    """
+    prompts: text, equal ones next to each other; ids: the same prompts as ids."""
     answers = {name: sample(model, ids, tokenizer.eot_token, config.max_new_tokens, seed)
                for name, model in models.items()}
     for prompt in dict.fromkeys(prompts):
@@ -128,11 +124,9 @@ def show_answers(prompts, ids, models, tokenizer, config, seed):
 
 def score_pairs(pairs, config, past, tokenizer, models):
     """scores.jsonl in --out: the pairs of --score in the layout of --data, with what models say.
-
     Each line has the pair, "margins" and "logps" (of chosen and rejected) of every model and the
     teacher's implicit values as "chosen_value" and "rejected_value". Pairs that do not fit the
-    context are left out, and named.
-    """
+    context are left out, and named."""
     fitting, ids, cut = data.encode(counted(pairs, "tokenised"), tokenizer, past.block_size)
     if not fitting:
         raise UserError(f"--score: expected a pair that fits in {past.block_size} tokens in "

@@ -14,10 +14,8 @@ OUTSIDE = "code outside of definitions"         # as torch.set_default_dtype(...
 
 @functools.cache
 def definitions():
-    """Name -> (SHA-256, names that it reads) of every definition in SOURCES.
-
-    Comments, docstrings and line breaks do not count. Read once: later edits are not imported.
-    """
+    """Name -> (SHA-256, names that it reads) of every definition in SOURCES. Comments, docstrings
+    and line breaks do not count. Read once: later edits are not imported."""
     texts, reads, sources = {}, {}, list(SOURCES)
     for source in sources:                      # it grows
         path = ROOT / f"{source.replace('.', '/')}.py"

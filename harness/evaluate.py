@@ -50,10 +50,8 @@ class Validation:
 
 
 def is_correct(margins):
-    """1 where the chosen response has the larger implicit reward, 0 where not, 1/2 for a tie.
-
-    A model ties with itself; at step 1, against cached log-probs, it does so only up to rounding.
-    """
+    """1 where the chosen response has the larger implicit reward, 0 where not, 1/2 for a tie. A
+    model ties with itself; at step 1, against cached log-probs, it does so only up to rounding."""
     return (margins > 0) + 0.5 * (margins == 0)
 
 
@@ -89,11 +87,9 @@ def reference_logps(ref, held_out):
 @torch.no_grad()
 def evaluate(model, ref, beta, held_out):
     """One model -> (metrics, {"reward": of each prompt, "pref_acc": of each pair, "true_acc"}).
-
     pref_acc: whether the implicit reward orders a pair as its label does; true_acc: as the true
     reward does, where the two answers differ in it. ref, beta: what the model started from and the
-    beta of its implicit reward. The true reward is known on the toy task alone.
-    """
+    beta of its implicit reward. The true reward is known on the toy task alone."""
     texts, samples, device = held_out.texts, held_out.samples, device_of(model)
     logps = all_pair_logps(model, held_out.pairs, held_out.batch_size)              # (2, pairs)
     chosen, rejected = (logps - reference_logps(ref, held_out)).cpu()               # log-ratios
@@ -132,10 +128,8 @@ def measure(model, ref, beta, held_out):
 
 
 def rows_of(measured, seed):
-    """{label: what `measure` gives} -> the rows of the table, as they stand in results.json.
-
-    The differences from DPO are paired: by prompt for the true reward, by pair for the accuracy.
-    """
+    """{label: what `measure` gives} -> the rows of the table, as they stand in results.json. The
+    differences from DPO are paired: by prompt for the true reward, by pair for the accuracy."""
     rows, dpo = [], measured.get("dpo", {})
     for label, model in measured.items():
         method, _, kind = label.partition(" ")

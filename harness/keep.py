@@ -56,9 +56,7 @@ def read(path):
 
 def lock(folder):
     """Hold a run's folder until this process ends, however it ends: the system frees the lock.
-
-    Raises UserError where another run holds it, and where files in the way are not a run's.
-    """
+    Raises UserError where another run holds it, and where files in the way are not a run's."""
     found = [path for name in WRITTEN for path in sorted(folder.glob(name))]
     if found and not (folder / ".lock").is_file():
         raise UserError(f"--out: expected a new folder or that of a run, got {folder} with "

@@ -10,10 +10,9 @@ from harness.errors import UserError
 from model import VALUES
 
 TERMINAL_OF = {**{name: usual for name, (_, usual) in VALUES.items()}, "given": "value"}
-EPOCHS = ("teacher_sft_steps", "teacher_dpo_steps", "student_sft_steps", "steps")
-RATES = ("teacher_sft_lr", "teacher_dpo_lr", "student_sft_lr", "lr", "distill_lr")
 SFT_RATE, DPO_RATE = 5e-5, 1e-5                 # usual for weights that are trained already
 USES_A_RUN = ("ask", "score", "export")         # these train nothing
+NEEDS = {"skip_bad": ("data", "score"), "tokens": ("ask",), "teacher": ("teacher_init",)}
 FLAG, ANY, STEPS = (0, 1), (0, 2 ** 62), (-100, 2 ** 62)       # least, largest
 AMONG = {int: (1, 10 ** 6), float: (1e-12, 1e6)}               # where an option does not say
 GROUPS = {"data": "what to run", "ask": "use a finished run, train nothing", "alpha": "the loss",
@@ -104,14 +103,15 @@ class Config:
 
     def with_steps(self, task):
         """The same with every -N steps as N epochs of the rows or pairs of a Task, and told."""
-        pairs = len(task.ids.train)
-        sizes = dict(zip(EPOCHS, (len(task.ids.sft), pairs, len(task.ids.sft),
-                                  min(pairs, self.student_pairs or pairs))))
+        rows, pairs = len(task.ids.sft), len(task.ids.train)
+        sizes = {"teacher_sft_steps": rows, "teacher_dpo_steps": pairs, "student_sft_steps": rows,
+                 "steps": min(pairs, self.student_pairs or pairs)}
         steps = {name: math.ceil(-getattr(self, name) * size / self.batch_size)
                  for name, size in sizes.items() if getattr(self, name) < 0}
         if steps:
-            chosen = steps | {name: f"{getattr(self, name):g}" for name in RATES}
-            print("  " + " ".join(f"--{name}={x}" for name, x in chosen.items()))
+            rates = [f"{f.name}={getattr(self, f.name):g}" for f in fields(self)
+                     if f.name.endswith("lr")]
+            print("  --" + " --".join([*(f"{name}={n}" for name, n in steps.items()), *rates]))
         return replace(self, **steps)
 
     def terminal_of(self, kind):
@@ -146,8 +146,6 @@ class Config:
         for name in ("teacher_dpo_steps", "steps"):
             self.expect(name, getattr(self, name), "at least 1, or -N for N epochs")
         self.expect("train_pairs", self.train_pairs or self.data, "at least 1 on the toy task")
-        self.expect("teacher", not self.teacher or self.teacher_init,
-                    "its reference beside it, --teacher_init")
         for who in ("teacher", "student"):
             heads = getattr(self, f"{who}_heads")
             self.expect(f"{who}_width", getattr(self, f"{who}_width") % heads == 0,
@@ -186,10 +184,9 @@ def parse_args(argv, methods, description=None):
     if unused and uses:
         parser.error(f"--{min(unused)}: expected only --out, --seed, --device and --tokens beside "
                      f"--{uses[0]}")
-    if "skip_bad" in given and not {"data", "score"} & set(given):
-        parser.error("--skip_bad: expected --data or --score beside it")
-    if "tokens" in given and "ask" not in given:
-        parser.error("--tokens: expected --ask beside it")
+    for name, others in NEEDS.items():
+        if name in given and not set(others) & set(given):
+            parser.error(f"--{name}: expected --{' or --'.join(others)} beside it")
     for name in sorted(given):
         who, _, size = name.partition("_")
         if size in ("layers", "heads", "width") and f"{who}_init" in given:

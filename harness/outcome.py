@@ -102,11 +102,9 @@ class Outcome:
 
 
 def exit_code(run, argv, *args, program="train.py"):
-    """run(argv, *args) -> 0, or a line on stderr and an exit code.
-
-    2: files, options or memory; 1: numbers that are not finite, or a failed check; 130: Ctrl-C;
-    141: nobody reads stdout any more. Errors of the program are raised.
-    """
+    """run(argv, *args) -> 0, or a line on stderr and an exit code. 2: files, options or memory; 1:
+    numbers that are not finite, or a failed check; 130: Ctrl-C; 141: nobody reads stdout any more.
+    Errors of the program are raised."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")    # no sampled character may end a finished run

@@ -14,10 +14,8 @@ from harness.steps import in_all, is_first
 
 class Progress:
     """Prints. With a Keep it also logs, and holds a checkpoint in the file `path`, under `key`.
-
     Inside a with-block the first Ctrl-C waits for the step's end and its checkpoint; a second one
-    does what it did before the block.
-    """
+    does what it did before the block."""
 
     def __init__(self, stage="", seed=0, keep=None, path=None, key=None):
         self.stage, self.seed, self.keep, self.path, self.key = stage, seed, keep, path, key

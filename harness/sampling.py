@@ -75,10 +75,8 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
 
 def next_logits(model, tokens, last, positions, caches):
     """GPT.forward with caches: tokens and positions (B, T), last (B, T) bool, one True a row.
-
     caches: keys and values of each block, (2, B, H, width, D); those of `tokens` are written into
-    them. Returns the logits of the states `last`, (B, V).
-    """
+    them. Returns the logits of the states `last`, (B, V)."""
     parts = model.transformer
     rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)                     # (B, 1)
     columns = torch.arange(caches[0].shape[3], device=tokens.device)

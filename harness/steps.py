@@ -24,10 +24,9 @@ TOKENS = 1500           # that a model reads at a time: more run no faster
 
 def gradient(model, loss, ids, micro_batch=0):
     """Fill .grad with the gradient of the mean loss over the batch -> the sums of the loss over it.
-
     loss, ids: as train.py describes them; micro_batch: how many indices may be in memory at a time,
-    0 for all. We divide once by "n": parts are of unequal size, so a mean of means would be wrong.
-    """
+    0 for all. We divide once by "n": parts are of unequal size, so a mean of means would be
+    wrong."""
     rank, world = rank_and_world()
     share = ids[rank::world]
     weight = float(len(share) > 0)      # a process without data computes one index for nothing
@@ -61,11 +60,9 @@ def add_up(model, loss, weight, parts):
 
 
 def cut(lengths, ids, micro_batch, threads):
-    """A batch -> for each of at most two threads the parts it takes, lists of indices.
-
-    lengths[i]: tokens of each row that index i reads. Sorted by length, the batch falls into two
-    halves of about as many tokens, the short rows in one, and each into parts of like length.
-    """
+    """A batch -> for each of at most two threads the parts it takes, lists of indices. lengths[i]:
+    tokens of each row that index i reads. Sorted by length, the batch falls into two halves of
+    about as many tokens, the short rows in one, and each into parts of like length."""
     order = sorted(ids, key=lambda i: sum(lengths[i]))
     tokens = list(accumulate(sum(lengths[i]) for i in order))
     first = sum(2 * so_far <= tokens[-1] for so_far in tokens)
@@ -76,11 +73,9 @@ def cut(lengths, ids, micro_batch, threads):
 
 
 def parts_of(order, lengths, most):
-    """Indices sorted by length -> parts of at most `most` of them.
-
-    As few as keep what is read at a time within some TOKENS and the padding within an eighth, at
-    most eight where `most` allows it.
-    """
+    """Indices sorted by length -> parts of at most `most` of them. As few as keep what is read at a
+    time within some TOKENS and the padding within an eighth, at most eight where `most` allows
+    it."""
     tokens = sum(sum(lengths[i]) for i in order)
     at_a_time = tokens // len(lengths[order[0]])
     fewest = max(math.ceil(len(order) / most), min(8, 1 + at_a_time // TOKENS))
@@ -104,10 +99,8 @@ SECOND = ThreadPoolExecutor(1)          # its thread starts with the first task
 
 
 def two_at_once(f, items, device):
-    """[f(item) for every item]. On a CPU, two threads take half of them each.
-
-    A second thread inside each of many small operations saves little time; one at other items does.
-    """
+    """[f(item) for every item]. On a CPU, two threads take half of them each. A second thread
+    inside each of many small operations saves little time; one at other items does."""
     threads, half, grad = torch.get_num_threads(), (len(items) + 1) // 2, torch.is_grad_enabled()
     if device.type != "cpu" or threads == 1 or len(items) < 2:
         return [f(item) for item in items]
@@ -153,9 +146,7 @@ def in_all(flag):
 @contextmanager
 def joined_processes(device):
     """Join torchrun's processes, if there are any -> the device of this one. Only the first prints.
-
-    With GPUs each process takes one of its own.
-    """
+    With GPUs each process takes one of its own."""
     if not under_torchrun():
         yield device
         return

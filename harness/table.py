@@ -44,9 +44,8 @@ def table(rows):
 
 def show_psi(pair, colour, width, most=60):
     """Print psi behind each token of a pair, red[+0.12], in lines of at most `width` characters.
-
-    colour: tint the tokens, for a terminal of 256 colours. most: tokens printed of each response.
-    """
+    colour: tint the tokens, for a terminal of 256 colours. most: tokens printed of each
+    response."""
     largest = max(abs(psi) for name in ("chosen", "rejected") for psi in pair[name]["psi"]) or 1.0
     for name in ("chosen", "rejected"):
         tokens, values, column = pair[name]["tokens"], pair[name]["psi"], width
