@@ -119,27 +119,19 @@ def evaluate(model, ref, beta, held_out):
     return metrics, each
 
 
-def measure(model, ref, beta, held_out):
-    """`evaluate`, for a row of the table -> {"numbers": with intervals} and what they are means of.
-    """
-    metrics, each = evaluate(model, ref, beta, held_out)
-    intervals = {f"{key}_ci": interval(x.tolist()) for key, x in each.items()}
-    return {"numbers": {"pref_n": len(held_out.pairs), **metrics, **intervals}, **each}
-
-
 def rows_of(measured, seed):
-    """{label: what `measure` gives} -> the rows of the table, as they stand in results.json. The
+    """{label: what `evaluate` gives} -> the rows of the table, as they stand in results.json. The
     differences from DPO are paired: by prompt for the true reward, by pair for the accuracy."""
-    rows, dpo = [], measured.get("dpo", {})
-    for label, model in measured.items():
+    rows, (_, dpo) = [], measured.get("dpo", ({}, {}))
+    for label, (metrics, each) in measured.items():
         method, _, kind = label.partition(" ")
         value, _, terminal = kind.partition("/")
-        row = {"label": label, "method": method, "value": value or None,
-               "terminal": terminal or None, "seed": seed, **UNKNOWN, **model["numbers"]}
-        for name, key in (("vs_dpo", "reward"), ("acc_vs_dpo", "pref_acc")):
-            if label != "dpo" and key in dpo:
-                difference = (model[key] - dpo[key]).double()
-                row |= {name: difference.mean().item(),
-                        f"{name}_ci": interval(difference.tolist())}
-        rows.append(row)
+        differences = {name: each[key] - dpo[key] for name, key in (
+            ("vs_dpo", "reward"), ("acc_vs_dpo", "pref_acc")) if label != "dpo" and key in dpo}
+        rows.append({
+            "label": label, "method": method, "value": value or None, "terminal": terminal or None,
+            "seed": seed, **UNKNOWN, "pref_n": len(each["pref_acc"]), **metrics,
+            **{name: x.double().mean().item() for name, x in differences.items()},
+            **{f"{name}_ci": interval(x.double().tolist())
+               for name, x in (each | differences).items()}})
     return rows

@@ -14,7 +14,7 @@ import torch
 from harness import IS_PROGRAM
 from harness.ask import show_answers
 from harness.errors import CheckFailed, UserError, one_line, printable
-from harness.evaluate import HeldOut, measure, rows_of
+from harness.evaluate import HeldOut, evaluate, rows_of
 from harness.files import write
 from harness.psi import psi_of_pairs
 from harness.report import page
@@ -50,7 +50,7 @@ class Outcome:
         """Measure, save and show the models of one seed, {label: (model, reference, beta)}."""
         config, keep, seed = self.config, self.keep, self.keep.seed
         test = HeldOut.of(task, "test", config, seed)
-        rows = rows_of({label: keep.alone(f"{label}.row", measure, *model, test)
+        rows = rows_of({label: keep.alone(f"{label}.row", evaluate, *model, test)
                         for label, model in models.items()}, seed)
         kinds = {row["value"]: row["terminal"] for row in rows}
         shown = [keep.alone(f"{kind}.psi", psi_of_pairs, kind, terminal, config.gamma,

@@ -23,7 +23,7 @@ from conftest import ROOT
 from data import Example, Pair
 from harness import code, files, keep, outcome
 from harness.errors import UserError
-from harness.evaluate import HeldOut, measure
+from harness.evaluate import HeldOut, evaluate
 from harness.keep import Keep, file_of, lock
 from harness.options import Config, parse_args
 from harness.progress import Progress
@@ -345,8 +345,8 @@ class Asking(Keep):
         value = keep.unpack(content, CPU)
         if content["key"] != key:
             self.remade.add(name)
-            if isinstance(value, dict):
-                value["numbers"]["kl"] += 1                             # a row
+            if isinstance(value, tuple):
+                value[0]["kl"] += 1                                     # a row
             elif isinstance(value, list) and isinstance(value[0], list):
                 value[0].insert(0, 1)                                   # answers
             else:
@@ -362,7 +362,7 @@ def remade(whole, *options, change=lambda task: task):
     task, asking.remade = change(load_task(config, 0)), set()
     models = train.experiment(config, 0, task, CPU, asking)
     for label, model in models.items():
-        asking(f"{label}.row", measure, *model, HeldOut.of(task, "test", config, 0))
+        asking(f"{label}.row", evaluate, *model, HeldOut.of(task, "test", config, 0))
     return asking.remade
 
 
@@ -435,7 +435,7 @@ def test_edits_that_make_nothing_again(whole, project):
     ("model.py", "soft_value(teacher", "-soft_value(teacher", VALUES | TVKD),
     ("tvkd.py", "return -logps[_non", "return -2 * logps[_non", ALL),           # nll_loss
     ("harness/steps.py", "0.875 *", "0.9 *", ALL),      # fit, gradient, cut, parts_of
-    ("harness/numbers.py", "def interval(numbers", "def interval(numbers, x=1", ROWS),
+    ("harness/evaluate.py", "policy.exp()", "2 * policy.exp()", DPO | {"sft.row"}),
     ("train.py", "METHODS = {\n", "torch.set_default_dtype(torch.float64)\nMETHODS = {\n", ALL),
     ("train.py", "from tvkd import dpo_loss, ", "from mine import dpo_loss\nfrom tvkd import ",
      DPO),

@@ -96,16 +96,16 @@ def test_differences_from_dpo_by_hand():
     t(2) sqrt(3) / sqrt(3) = 4.302653. Accuracy 1, 1, 1/2 - 1, 0, 1/2 = 0, 1, 0 by pair: mean 1/3,
     deviation sqrt(1/3), so t(2) / 3 = 1.434218. Without rewards there is no difference of them."""
     measured = {"dpo": ([1.0, 2.0, 6.0], [1.0, 0.0, 0.5]), "kd": ([2.0, 3.0, 4.0], [1.0, 1.0, 0.5])}
-    measured = {name: {"numbers": {"kl": 1.0}, "reward": torch.tensor(rewards),
-                       "pref_acc": torch.tensor(accuracy)}
+    measured = {name: ({"kl": 1.0}, {"reward": torch.tensor(rewards),
+                                     "pref_acc": torch.tensor(accuracy)})
                 for name, (rewards, accuracy) in measured.items()}
     differences = {"vs_dpo": 0.0, "vs_dpo_ci": 4.302653, "acc_vs_dpo": 1 / 3,
                    "acc_vs_dpo_ci": 1.434218}
     dpo, kd = rows_of(measured, 3)
     assert dpo["kl"] == 1.0 and {*map(dpo.get, differences)} == {None} and kd["seed"] == 3
     assert {name: kd[name] for name in differences} == pytest.approx(differences)
-    for of_row in measured.values():
-        del of_row["reward"]
+    for _, each in measured.values():
+        del each["reward"]
     _, kd = rows_of(measured, 3)
     assert kd["vs_dpo"] is None and kd["acc_vs_dpo"] == pytest.approx(1 / 3)
 
