@@ -13,7 +13,7 @@ Read `experiment` first: it is the method section. Then the losses and `fit`. Fr
     keep            keep(name, f, *args) is f(*args), or what an earlier run kept of the same
     new_model       a model with new weights, or those of a file
     all_pair_logps, sample              log-probs of many pairs, answers to many prompts
-    HeldOut, Validation, is_correct     measure a model on held-out pairs
+    HeldOut, Validation, is_correct     accuracy and more, on held-out pairs or a batch
     command_line    options, seeds, the table; or the use of a finished run
 """
 
@@ -41,8 +41,8 @@ from tvkd import dpo_loss, kd_loss, nll_loss, tvkd_loss
 # --------------------------------------------------------------------------------------------------
 # Losses. loss(model, ids) reads the rows of a few indices and returns sums over them: {"loss", "n":
 # the number of tokens or pairs, further numbers for the log}. Sums, because a batch may be cut into
-# parts of unequal size: `gradient` divides by n at the end. lengths[i]: the tokens of each row that
-# index i reads.
+# parts of unequal size: `gradient` divides by n at the end. lengths[i]: how many tokens each row
+# has that index i reads.
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
@@ -269,7 +269,7 @@ def experiment(config, seed, task, device, keep):
     psi = {kind: teacher_psi(kind, config, pairs, teacher, teacher_ref, keep).to(device)
            for kind in config.value if "psi" in needed}                         # (2, N) each
 
-    # 4. Same start, same prompts, same order, same number of steps; the loss differs.
+    # 4. Same start, prompts, order and number of steps; the loss differs, and for bc, kd the rate.
     for name in config.methods:
         loss_class, lr = METHODS[name]
         for kind in psi if "psi" in reads[name] else [None]:

@@ -20,7 +20,7 @@ Two choices are left to the caller, because they decide what TVKD does.
 1. The value: `soft_value` reads raw logits, but training never fixes their constant c(s) per state.
    `implicit_value` does not depend on c(s). It is ours, and the default.
 2. The potential of the finished answer: `terminal` in `shaping`. With "zero" and gamma = 1 TVKD is
-   DPO for two answers to one prompt. All that it adds to DPO comes from the other two. A true value
+   DPO for two answers to one prompt. Then all that it adds comes from the other two. A true value
    is 0 there, since no reward is left: what helps is the teacher's reward of the answer.
 
 Symbols. B rows, V tokens in the vocabulary. A row of `tokens` has T+1 ids: prompt, response, EOS,

@@ -245,7 +245,7 @@ TABLES = {      # mark: what builds it from the record of this name, and its arg
     "alpha": (sweep, "alpha", "alpha", ("reward", "vs_dpo", "kl")),
     "frontier": (sweep, "beta", "beta", ("reward", "vs_dpo", "kl")),
     "pairs": (sweep, "student_pairs", PAIRS), "noise": (sweep, "dose", FLIPPED),
-    "epochs": (sweep, "steps", "steps (5, 9, 14: one, two, three epochs)")}
+    "epochs": (sweep, "steps", "steps (5, 10, 15: one, two, three epochs)")}
 
 
 def tables(records):

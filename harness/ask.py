@@ -24,9 +24,9 @@ TOY_PROMPT = re.compile(rf"\s*Describe the {WORD}: {WORD}(?:, {WORD})*\.", re.IG
 
 
 def load_run(config, device):
-    """What a run left in --out -> (its Config, tokenizer, {label: (model, reference, beta)}). Every
-    file must be the one whose digest results.json has: one copied from another run would answer,
-    too."""
+    """What a run left in --out -> (its Config, tokenizer, {label: (model, reference, beta)}, one of
+    its prompts). Every file must be the one whose digest results.json has: one copied from another
+    run would answer, too."""
     out, seed = Path(config.out), str(config.seed)
     folder, types = out / f"seed{seed}", {f.name: f.type for f in fields(config)}
     try:
@@ -56,7 +56,8 @@ def load_run(config, device):
     teacher_ref = models.pop("teacher-sft", None)
     return past, tokenizer, {
         name: (model, teacher_ref, past.teacher_beta) if name == "teacher" else
-        (model, models["sft"], past.beta) for name, model in models.items()}
+        (model, models["sft"], past.beta) for name, model in models.items()}, results.get(
+            "prompt_looked_like")
 
 
 def use_run(config, device):
@@ -66,13 +67,13 @@ def use_run(config, device):
         return
     refuse_inside("score", config.score, config.out)
     pairs = load_pairs(config.score, skip_bad=config.skip_bad) if config.score else None
-    past, tokenizer, models = load_run(config, device)
+    past, tokenizer, models, prompt = load_run(config, device)
     exported = {name: model for name, (model, _, _) in models.items()}
     if "teacher" in models:
         exported["teacher-sft"] = models["teacher"][1]
     targets = export_targets(config.export, config.out, exported) if config.export else {}
     if config.ask:
-        ask(config, past, tokenizer, models)
+        ask(config, past, tokenizer, models, prompt)
     if config.score:
         score_pairs(pairs, config, past, tokenizer, models)
     for name, target in targets.items():
@@ -80,7 +81,7 @@ def use_run(config, device):
         print(f"  {name:<20} {printable(target)}")
 
 
-def ask(config, past, tokenizer, models):
+def ask(config, past, tokenizer, models, prompt):
     """Three answers of every model to one prompt; with --tokens psi of each token as well."""
     if re.search("[\ud800-\udfff]", config.ask):
         raise UserError("--ask: expected text in UTF-8, got other bytes")
@@ -90,8 +91,9 @@ def ask(config, past, tokenizer, models):
     if config.tokens and "teacher" not in models:
         raise UserError("--tokens: expected a run with a teacher, whose psi it shows")
     print(f"{ANSWERS} answers of each model at temperature 1; the same command repeats them")
-    if not past.data and not TOY_PROMPT.match(config.ask):
-        print("these models only know prompts like: Describe the cat: red, small, fast, old.")
+    if past.data or not TOY_PROMPT.match(config.ask):
+        like = str(prompt).replace("\n", "\\n")[-200:]
+        print(f"these models only know prompts like: {printable(like)}")
     answers = show_answers([config.ask] * ANSWERS, [ids] * ANSWERS,
                            {name: model for name, (model, _, _) in models.items()}, tokenizer, past,
                            config.seed)

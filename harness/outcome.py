@@ -64,6 +64,7 @@ class Outcome:
             write(keep.out / f"seed{seed}" / "tokenizer.tiktoken",
                   tokenizer_text(task.tokenizer).encode())
         self.rows, self.shown = self.rows + rows, self.shown + shown
+        self.prompt = task.texts.train[0].prompt
         self.save()
         texts, ids = ([pair.prompt for pair in split.test[:2]] for split in task[:2])
         show_answers(texts, ids, trained, task.tokenizer, config, seed)
@@ -78,7 +79,7 @@ class Outcome:
         results = json.loads(json.dumps({
             "config": {k: printable(x) if isinstance(x, str) else x for k, x in config.items()},
             "rows": self.rows, "pairs": sum(self.shown, []), "models": self.models,
-            "earlier": self.earlier, "made": {
+            "earlier": self.earlier, "prompt_looked_like": self.prompt, "made": {
                 "torch": torch.__version__, "device": str(self.keep.device),
                 "threads": torch.get_num_threads()}}), parse_constant=lambda constant: None)
         log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()

@@ -25,7 +25,7 @@ TOKENS = 1500           # that a model reads at a time: more run no faster
 def gradient(model, loss, ids, micro_batch=0):
     """Fill .grad with the gradient of the mean loss over the batch -> the sums of the loss over it.
     loss, ids: as train.py describes them; micro_batch: how many indices may be in memory at a time,
-    0 for all. We divide once by "n": parts are of unequal size, so a mean of means would be
+    0: as fits best. We divide once by "n": parts are of unequal size, so a mean of means would be
     wrong."""
     rank, world = rank_and_world()
     share = ids[rank::world]

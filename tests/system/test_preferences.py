@@ -16,7 +16,7 @@ import torch
 from data import Example, Pair, encode
 from harness.errors import UserError
 from harness import preferences
-from harness.preferences import load_pairs, parse_pair, shown, split_pairs
+from harness.preferences import load_pairs, shown, split_pairs
 from harness.tokenizers import PIECES, learn_tokenizer
 
 
@@ -63,6 +63,7 @@ LAYOUTS = {
     "string and messages": (row("Why?"), WHY),
     "messages and strings": (row(USER, "So.", " No."), WHY),
     "whole dialogues": (row(None, TALK + SO, TALK + NO), LONG),
+    "a whole dialogue and an answer": (row(TALK, TALK + SO, NO), LONG),
     "whole dialogues, empty prompt": (row([], USER + SO, USER + NO), WHY),
     "transcripts": ({"prompt": None, "chosen": HH + " So.", "rejected": HH + " No."}, SHORT),
     # The shared turns end at a turn, not at the last shared character.
@@ -89,7 +90,7 @@ LAYOUTS = {
     "Alpaca": (alpaca(input=""), WHY),
     "Alpaca, its output is the chosen one": (
         {"instruction": "Why?", "output": "So.", "rejected": "No."}, WHY),
-    "Alpaca, input": (alpaca(input="1+1", output="So."),
+    "Alpaca, input": (alpaca(input="1+1", chosen=SO),
                       Pair("\n\nHuman: Why?\n\n1+1\n\nAssistant:", " So.", " No.")),
     "Orca": ({"system": "Be kind.", "question": "Why?", "chosen": "So.", "rejected": "No."}, KIND),
     "MedicalGPT": ({"system": "", "history": [], "question": "Why?", "response_chosen": "So.",
@@ -113,139 +114,120 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
-def test_layouts(kind):
-    """Written as strings with its values, as in scores.jsonl, every Pair reads back as itself."""
-    record, pair = LAYOUTS[kind]
-    assert parse_pair(record) == pair
-    values = dict(zip(("chosen_value", "rejected_value"), pair.values or (None, None)))
-    again = parse_pair(row(*pair[:3], **values))
-    assert again == pair and all(type(value) is float for value in again.values or ())
+def test_layouts(tmp_path):
+    """All in one file. Written as strings with its values, as in scores.jsonl, every Pair reads
+    back as itself."""
+    pairs = [pair for _, pair in LAYOUTS.values()]
+    again = [row(*pair[:3], **dict(zip(("chosen_value", "rejected_value"), pair.values or ())))
+             for pair in pairs]
+    for records in ([record for record, _ in LAYOUTS.values()], again):
+        (tmp_path / "pairs").write_text("\n".join(map(json.dumps, records)))
+        read = dict(zip(LAYOUTS, load_pairs(tmp_path / "pairs"), strict=True))
+        assert read == dict(zip(LAYOUTS, pairs))
+        assert all(type(value) is float for value in read["values"].values)
+    with pytest.raises(UserError, match=r"which --value=given reads, .*, got \[None, None\]"):
+        load_pairs(tmp_path / "pairs", with_values=True)
 
 
 # --- what is refused -----------------------------------------------------------------------------
 
 TOO_LONG = [*SO, message("user", "And?"), message("assistant", "Well.")]
-IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
-SHARE, EVERY = "to share the prompt and to differ in one last turn", "to hold every turn of "
-CONTENT, FIELDS = 'expected "content" in', "in one of the layouts, got the fields "
+IMAGE = {"type": "picture", "url": "data:"}
+SHAPE = 'expected "chosen" and "rejected" as one turn of the assistant each, after the same prompt'
+LAYOUT = "expected the fields of one of the layouts, got "
 ESCAPES = "a\nb\x1b[31m\a\x9b\u202e"
-TURN = 'expected no turn of the user in "chosen", got '
+TURN, ALONE = "expected no turn of the user in", "expected text alone and every field once, not "
 
 BAD_RECORDS = [
     ([1, 2], "expected a JSON object, got list"),
-    ({"prompt": "a", "chosen": "b"}, FIELDS + "prompt, chosen; `jq"),
-    ({"question": "a", "response_j": "b", "response_k": "c"}, FIELDS + "question, response_j"),
-    ({"prompt": None, "chosen": "b", "rejected": "c"}, "expected a prompt that ends in the user"),
-    (row("", "b", "c"), "user's turn, got none"),
-    (row("a", 3, "c"), 'expected "chosen" as text or messages, got int'),
-    (row({}, SO, NO), 'expected "prompt" as messages'),
-    (row("a", " \n", "c"), 'expected text in "chosen", got an empty one'),
-    (row(" \n", "b", "c"), 'expected text in "prompt", got an empty one'),
-    (row(None, HH, HH + " No."), 'expected text in "chosen", got an empty one'),
-    (row("a", "b", "b"), "got the same response twice"),
-    (row(None, USER + SO, USER + SO), "got the same response twice"),
-    (row("a", "\ud800", "b"), "half of a surrogate pair"),
-    # the prompt is in one of the two, or is another one
-    (row(None, HH + " So.", " No."), SHARE),
-    (row(None, TALK + SO, NO), SHARE),
-    (row(TALK, TALK + SO, NO), EVERY),
-    (row(HH, HH + " So.", " No."), EVERY),
-    (row("\n\nHuman: Hi", "\n\nHuman: Hi you\n\nAssistant: So.",
-         "\n\nHuman: Hi you\n\nAssistant: No."), EVERY),
-    (row("Why? ", USER + SO, USER + NO), EVERY),
-    (row("Why?", USER + SO, [message("user", "How?"), *NO]), EVERY),
-    (row("Be kind.", TALK + SO, TALK + NO), EVERY),                         # a system turn
-    # answers of several turns: the user's words would be trained on
-    (row(USER, TOO_LONG, NO), SHARE),
-    (row(USER, TOO_LONG, [*NO, message("user", "And?"), message("assistant", "Well.")]), SHARE),
-    (row(None, HH + " So.\n\nHuman: And?\n\nAssistant: Well.", HH + " No."), SHARE),
-    (row(HH, " So.\n\nHuman: And?\n\nAssistant: Well.", " No."), SHARE),
-    (row("Why?", "So.\n\nHuman: And?", "No."), SHARE),
-    (row(USER, [message("assistant", "So.\n\nHuman: And?")]), TURN + r"'\n\nHuman:'"),
-    (row("Why?", "So.<|im_end|><|im_start|>user\nAnd?", "No."), TURN + "'<|im_start|>user'"),
-    (row(None, [], []), SHARE),
-    (row(None, [*USER, message("user", "b")], USER + NO), SHARE),
-    (row(None, USER + SO, [*USER, message("user", "c")]), SHARE),
-    # a turn that is begun, in every layout
-    (row(USER + SO), "got one whose last turn is the assistant's"),
-    (row(None, USER + SO + NO, USER + SO + SO), "got one whose last turn is the assistant's"),
-    (row(None, HH + " So.\n\nAssistant: b", HH + " So.\n\nAssistant: c"), "last turn is the ass"),
+    ({"question": "a", "response_j": "b", "response_k": "c"}, LAYOUT + "question, response_j"),
+    (row("a", " \n", "c"), """expected text in UTF-8 in "chosen", got ' \\n'"""),
+    (row("a", "\ud800", "c"), """expected text in UTF-8 in "chosen", got '\\ud800'"""),
+    (row(" \n", "b", "c"), 'expected text in UTF-8 in "prompt", got'),
+    (row(None, HH, HH + " No."), 'expected text in UTF-8 in "chosen", got \'\''),
+    (row("a", "b", "b"), 'expected "chosen" and "rejected" to differ'),
+    (row(None, USER + SO, USER + SO), 'expected "chosen" and "rejected" to differ'),
+    # the prompt is in one of the two, is another one, or there is none
+    *((row(*texts), SHAPE) for texts in (
+        (None, "b", "c"), ("", "b", "c"), ({}, SO, NO), (None, HH + " So.", " No."),
+        (None, TALK + SO, NO), ("\n\nHuman: Hi", "\n\nHuman: Hi you\n\nAssistant: So.",
+                                "\n\nHuman: Hi you\n\nAssistant: No."),
+        ("Why? ", USER + SO, USER + NO), ("Why?", USER + SO, [message("user", "How?"), *NO]),
+        ("Be kind.", TALK + SO, TALK + NO), (None, [], []), (USER, [], []), (USER + SO, [], []),
+        # answers of several turns: the user's words would be trained on
+        (USER, TOO_LONG, NO), (USER, TOO_LONG, [*NO, *TOO_LONG[1:]]),
+        (HH, " So.\n\nHuman: And?\n\nAssistant: Well.", " No."), ("Why?", "So.\n\nHuman: A", "No."),
+        (None, [*USER, message("user", "b")], USER + NO),
+        (None, USER + SO, [*USER, message("user", "c")]),
+        # a turn that is begun, in every layout
+        (USER + SO,), (None, USER + SO + NO, USER + SO + SO),
+        (None, HH + " So.\n\nAssistant: b", HH + " So.\n\nAssistant: c"))),
+    (row(USER, [message("assistant", "So.\n\nHuman: And?")]), TURN + r""" "chosen", got '\n\nHu"""),
+    (row("Why?", "No.", "So.<|im_start|>user\nAnd?"), TURN + """ "rejected", got '<|im_start|>u"""),
     # messages
-    (row([message(["user"], "a")]), 'expected "prompt" as messages'),
-    (row(["a\nb"]), r"got 'a\nb'"),
-    (row(TALK, [message("tool", "x")]), 'expected "chosen" as messages'),
-    (row(TALK, SO, [message("tool", "x")]), 'expected "rejected" as messages'),
-    (row(USER, [message("assistant", None)]), CONTENT + ' "chosen" as a string or as parts'),
-    (row(USER, [{"role": "assistant"}]), CONTENT + ' "chosen" as a string or as parts'),
-    (row(USER, [message("assistant", [])]), 'expected text in "chosen"'),
-    ({"conversations": [share("human", "a"), share("chosen_gpt", "b")], "chosen": "c",
-      "rejected": "d"}, """"prompt" as messages {"role": system|"""),
-    (row(USER, history="a"), 'expected "history" as text or messages, got str'),
-    (row(USER, history=[["a", "b", "c"]]), 'expected "history" as messages'),
-    (row(USER, system=3), 'expected "system" as text or messages, got int'),
-    (alpaca(input={"a": 1}), 'expected "instruction" and "input" as two strings'),
-    # anything but text
-    (row("a", "b", "c", images=["cat.png"]), 'no "images" in a row'),
+    *((row([wrong]), 'expected "prompt" as text or as messages of text alone from system|')
+      for wrong in (message(["user"], "a"), 3, message("user", None), message("user", [IMAGE]),
+                    message("user", [{"text": "a"}]), message("user", [{"type": "text"}]),
+                    {"role": "user"}, share("chosen_gpt", "b"))),
+    (row(TALK, [message("tool", "x")]), 'expected "chosen" as text or as messages'),
+    (row(TALK, SO, 3), 'expected "rejected" as text or as messages'),
+    (row(USER, history=[["a", "b", "c"]]), 'expected "history" as text or as messages'),
+    (row("a", [message("assistant", [])], NO), 'expected text in UTF-8 in "chosen"'),
+    # what no text model would see, wherever it stands
+    (row("a", "b", "c", images=["cat.png"]), ALONE + "'images'"),
     ({"input": {"messages": USER, "tools": [1]}, "preferred_output": SO,
-      "non_preferred_output": NO}, 'no "tools" in "prompt"'),
-    (row(USER, [message("assistant", "x", tool_calls=[{"id": 1}])]), 'no "tool_calls" in a messag'),
-    (row(USER, [message("assistant", None, tool_calls=[{"id": 1}])]), 'no "tool_calls" in a me'),
-    (row(USER, [message("assistant", "x", reasoning_content="y")]), 'no "reasoning_content" in a '),
-    (row([message("user", [*parts("a"), IMAGE])]), "alone, got {'type': 'image_url'"),
-    (row([message("user", [{"type": "text", "text": "a", "audio": "b"}])]), "'audio': 'b'}"),
-    (row([message("user", [{"type": "text"}])]), "alone, got {'type': 'text'}"),
-    (row([message("user", [{"text": "a"}])]), "alone, got {'text': 'a'}"),
-    (row([message("user", ["a"])]), "alone, got {'part': 'a'}"),
+      "non_preferred_output": NO}, ALONE + "'tools'"),
+    (row(USER, [message("assistant", None, tool_calls=[{"id": 1}])]), ALONE + "'tool_calls'"),
+    (row(USER, [message("assistant", "x", reasoning_content="y")]), ALONE + "'reasoning_content'"),
+    (row([message("user", [{**parts("a")[0], "audio": "b"}])]), ALONE + "'audio'"),
     # escapes stay in the row
-    (row([ESCAPES]), r"got 'a\nb\x1b"),
-    (row([message(ESCAPES, "x")]), r"'a\nb\x1b"),
-    (row([message("user", [{"type": "text", "text": "a", ESCAPES: 1}])]), r"'a\nb\x1b"),
-    (row("a", "b", "c", chosen_value=ESCAPES), r"got 'a\nb\x1b"),
+    (row([message(ESCAPES, "x")]), 'expected "prompt" as text or as messages'),
+    ({ESCAPES: 1}, LAYOUT + "a\ufffdb\ufffd[31m\ufffd\ufffd\ufffd; `jq"),
+    # both values or neither, numbers, finite in float32; to Python, true is a number
+    *((row("a", "b", "c", chosen_value=chosen, rejected_value=rejected),
+       'expected "chosen_value" and "rejected_value", which --value=given reads, as finite num')
+      for wrong in (None, float("nan"), -float("inf"), True, "1.0", [1.0], {}, 10 ** 400, -1e30)
+      for chosen, rejected in ((1.0, wrong), (wrong, 1.0))),
 ]
+NO_LINES = (b"prompt,chosen,rejected", b"{'prompt': 1}", b"\xef\xbb\xbf{}", b'{"a": "\x01"}',
+            b'{"a": 1} {"a": 2}', b'{"a": 1%b}' % (b"0" * 5000), b'{"a": ' + b"[" * 99_999)
+GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+NO_JSON, NO_FILE = "expected one JSON object a line, or", ": expected a readable file, got: "
 
 
-@pytest.mark.parametrize("record, expected", BAD_RECORDS)
-def test_bad_records(record, expected):
-    with pytest.raises(UserError, match=re.escape(expected)) as error:
-        parse_pair(record)
-    assert str(error.value).isprintable()
-
-
-@pytest.mark.parametrize("values", [
-    (1.0, None), *((1.0, wrong) for wrong in (
-        float("nan"), float("inf"), -float("inf"), True, "1.0", [1.0], {}, 10 ** 400, -1e30))])
-def test_bad_values(values):
-    """Both or neither, numbers, finite in float32. To Python, true is a number; here it is not."""
-    for chosen, rejected in (values, values[::-1]):
-        with pytest.raises(UserError, match="both or neither, as finite numbers up to 1e.30, got "):
-            parse_pair(row("a", "b", "c", chosen_value=chosen, rejected_value=rejected))
+@pytest.mark.parametrize("record, expected", [*BAD_RECORDS, *((x, NO_JSON) for x in NO_LINES)])
+def test_bad_records(tmp_path, capsys, record, expected):
+    """Refused where it stands, and left out by skip_bad; equal answers are left out without."""
+    path = tmp_path / "pairs"
+    path.write_bytes(GOOD + (record if isinstance(record, bytes) else json.dumps(record).encode()))
+    if "to differ" in expected:
+        assert load_pairs(path) == [Pair("a", "b", "c")]
+    else:
+        with pytest.raises(UserError) as error:
+            load_pairs(path)
+        assert str(error.value).startswith(f"{path}:2: {expected}")
+        assert str(error.value).isprintable() and len(str(error.value)) < len(str(path)) + 450
+    assert load_pairs(path, skip_bad=True) == [Pair("a", "b", "c")]
+    assert f"  {path}: 1 rows, first [2], are no pair: {expected}" in capsys.readouterr().out
 
 
 # --- files ---------------------------------------------------------------------------------------
 
-GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
-NO_JSON, NO_FILE = ": expected one JSON object in UTF-8, got: ", ": expected a readable file, got: "
-
-
 @pytest.mark.parametrize("content, expected", [
-    (GOOD + b"\n" + GOOD + b'{"prompt": \n', f":4{NO_JSON}Expecting value"),
-    (b"\xff\xfe" + GOOD, f":1{NO_JSON}'utf-8' codec"),
-    (GOOD + b"[" * 100_000 + b"\n", ":2: expected one JSON object"),
-    (b'{"a": \r\n' + GOOD, f":1{NO_JSON}Expecting value at column 6"),
-    (b'{"a": "\t"}', f":1{NO_JSON}Invalid control character at column 8"),
-    (GOOD[:-2] + b', "chosen": "d"}\n', f":1{NO_JSON}one with the field 'chosen' twice"),
+    (GOOD + b"\n" + GOOD + b'{"prompt": \n', f":4: {NO_JSON}"),
+    (b"\xff\xfe" + GOOD, f":1: {NO_JSON}"),
+    (GOOD.replace(b"b", b"\xff"), """:1: expected text in UTF-8 in "chosen", got '\\udcff'"""),
+    (b"[" + GOOD + b"," + GOOD.replace(b"a", b"\xff") + b"]", ":2: expected text in UTF-8 in"),
+    (GOOD[:-2] + b', "chosen": "d"}\n', ":1: expected text alone and every field"),
+    (b"[" + GOOD + b", " + GOOD[:-2] + b', "chosen": "d"}]', ":2: expected text alone and"),
     (GOOD[:-2] + b', "chosen_value": 1e999, "rejected_value": 1}\n', ':1: expected "chosen_value"'),
-    (b"[" + GOOD + b"," + GOOD[:9], f":2{NO_FILE}"),
-    (b"[" + GOOD + b"]" + GOOD, f":2{NO_FILE}more behind the array"),
-    (b"[" + GOOD + b", " + GOOD[:-2] + b', "chosen": "d"}]', f":2{NO_JSON}one with the field"),
-    (b"[" + GOOD + b', "\xff"]', NO_FILE + "'utf-8' codec"),
-    (b"[" * 100_000, NO_FILE + "maximum recursion depth"),
-    (gzip.compress(GOOD * 9)[:-9], ":10" + NO_FILE),
-    (b"\x1f\x8b" + GOOD, NO_FILE + "Unknown compression method"),
+    (b"[" + GOOD + b"," + GOOD[:9], NO_FILE + "Expecting ':' delimiter: line 2 column 11"),
+    (b"[" + GOOD + b"]" + GOOD, NO_FILE + "Expecting value: line 2 column 1"),
+    (gzip.compress(GOOD * 9)[:-9], NO_FILE + "Compressed file ended"),
+    (gzip.compress(GOOD)[:12] + GOOD, NO_FILE + "Error -3 while decompressing"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", NO_FILE + "a pointer of Git"),
-    (b'{\r\n  "data": [\r\n', NO_FILE + "an object over several lines; `jq -c '.NAME[]' FILE"),
-    (b"", ": expected at least one preference pair"),
+    (b'{\r\n  "data": [\r\n', f":1: {NO_JSON}"),
+    (b"\xef\xbb\xbf\r\n \n", ": expected at least one preference pair"),
     (b"[ ]", ": expected at least one preference pair"),
     (None, NO_FILE + "No such file or directory")])
 def test_load_pairs_names_file_and_place(tmp_path, content, expected):
@@ -260,15 +242,13 @@ def test_load_pairs_names_file_and_place(tmp_path, content, expected):
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("chunk", [1, 2 ** 20])
-def test_containers(tmp_path, monkeypatch, mark, chunk):
-    """Three odd pairs as lines (LF, CRLF, blank ones) and as arrays (one line, many), plain and
-    gzipped, with and without a byte-order mark; an array's chunks end anywhere. U+2028, U+0085 and
-    a form feed end a line for str.splitlines; in JSON they are text."""
-    monkeypatch.setattr(preferences, "CHUNK", chunk)
+def test_containers(tmp_path, mark):
+    """Three odd pairs as lines (LF, CRLF, blank ones, CR inside) and as arrays (one line, many),
+    plain and gzipped, with and without a byte-order mark. U+2028, U+0085 and a form feed end a line
+    for str.splitlines; in JSON they are text."""
     pairs = [Pair("a\u2028b", "c\x85d", 'e\x0cf], {"'), Pair("é", "b", "c\\"), Pair("a", "🙂", "c")]
     rows = [row(*pair[:3]) for pair in pairs]
-    lines = [json.dumps(record, ensure_ascii=False) for record in rows]
+    lines = [json.dumps(record, ensure_ascii=False, separators=(",\r", ":")) for record in rows]
     for text in ("\n".join(lines), "\r\n\n  \r\n".join(lines) + "\r\n", json.dumps(rows) + "\n",
                  json.dumps(rows, indent=2, ensure_ascii=False).replace("\n", "\r\n")):
         for content in (mark + text.encode(), gzip.compress(mark + text.encode())):
@@ -278,25 +258,23 @@ def test_containers(tmp_path, monkeypatch, mark, chunk):
 
 def test_bad_rows_are_counted_by_kind(tmp_path, capsys):
     """Rows 1, 2, 4, 6 have an empty answer, 5 no JSON, 8 another role: three kinds, the first three
-    lines of each. skip_bad leaves them out; without it the first is named. Row 9 prefers nothing:
-    it is always left out, and counted."""
+    lines of each. skip_bad leaves them out; without it the first is named. Row 9, of a fourth kind,
+    prefers nothing."""
     rows = ["", "", "b", "", None, "", "b", [message("tool", "x")], "c"]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join("{\n" if chosen is None else json.dumps(row("a", chosen, "c")) + "\n"
                             for chosen in rows), encoding="utf-8")
-    table = (f'  {path}: 4 rows (1, 2, 4, ...) are no pair: expected text in "chosen", got an '
-             f"empty one\n  {path}: 1 rows (5) are no pair: expected one JSON object")
+    empty = """expected text in UTF-8 in "chosen", got ''"""
+    table = (f"  {path}: 4 rows, first [1, 2, 4], are no pair: {empty}\n"
+             f"  {path}: 1 rows, first [5], are no pair: expected one JSON object")
     with pytest.raises(UserError) as error:
         load_pairs(path)
     assert capsys.readouterr().out.startswith(table)
-    assert str(error.value) == (f'{path}:1: expected text in "chosen", got an empty one; 7 of 9 '
-                                "rows are no pair, --skip_bad=1 leaves them out")
+    assert str(error.value) == (f"{path}:1: {empty}; --skip_bad=1 leaves out all rows that are no "
+                                "pair")
     assert load_pairs(path, skip_bad=True) == [Pair("a", "b", "c")] * 2
     printed = capsys.readouterr().out
-    assert printed.startswith(table) and "1 rows (8) are no pair: expected " in printed
-    path.write_bytes(GOOD + GOOD.replace(b'"c"', b'"b"'))
-    assert load_pairs(path) == [Pair("a", "b", "c")]
-    assert f"{path}: 1 rows (2) are no pair: expected " in capsys.readouterr().out
+    assert printed.startswith(table) and "1 rows, first [8], are no pair: expected " in printed
 
 
 def test_the_first_pair_is_shown(tmp_path, capsys):
@@ -311,35 +289,32 @@ def test_the_first_pair_is_shown(tmp_path, capsys):
         load_pairs(path)
         printed = capsys.readouterr().out
         assert f"  [prompt]a?[chosen]{chosen}[EOS]\n  [prompt]a?[rejected]c[EOS]\n" in printed
-        assert "  fields that are not read: context, id\n" in printed
+        assert "pairs; fields that are not read: context, id; the first pair as it" in printed
         assert ("  hint: 2 prompts meet their response without a space" in printed) == hint
 
 
 def test_escapes_of_a_file_name_stay_in_the_file_name(tmp_path, monkeypatch, capsys):
     """Five characters that a terminal obeys: five signs in the error and in what is printed."""
     (tmp_path / ESCAPES).mkdir()
-    path = tmp_path / ESCAPES / "pairs.jsonl"
+    path, signs = tmp_path / ESCAPES / "pairs.jsonl", "a\ufffdb\ufffd[31m\ufffd\ufffd\ufffd"
     path.write_bytes(GOOD + b"{")
     monkeypatch.setattr(preferences, "SECONDS", 0)
     with pytest.raises(UserError) as error:
         load_pairs(path)
-    load_pairs(path, skip_bad=True)
-    name = f"{tmp_path}/a\ufffdb\ufffd[31m\ufffd\ufffd\ufffd/pairs.jsonl".replace("/", os.sep)
-    assert str(error.value).startswith(f"{name}:2: expected one JSON object")
+    assert str(error.value).startswith(f"{tmp_path / signs / 'pairs.jsonl'}:2: {NO_JSON}")
     printed = capsys.readouterr().out
-    assert printed.startswith(f"  {name}: 1 rows, ") and printed.replace("\n", "").isprintable()
+    assert printed.startswith(f"  {tmp_path / signs / 'pairs.jsonl'}: 1 rows, ")
+    assert printed.replace("\n", "").isprintable()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("container", ["{}\n", "[{}]"])
-def test_memory_of_a_long_file(tmp_path, container):
-    """4,000 pairs of about 960 bytes and 700 ids: the text takes 1.1 times its bytes and never
-    twice, in an array plus two chunks; an id takes 8 bytes, since equal ids are one int."""
+def test_memory_of_a_long_file(tmp_path):
+    """4,000 pairs of about 960 bytes and 700 ids: the text of lines takes 1.1 times its bytes and
+    never twice; an id takes 8 bytes, since equal ids are one int."""
     path, generator = tmp_path / "pairs", torch.Generator().manual_seed(0)
     words = torch.randint(100, 1000, (4000, 3, 40), generator=generator).tolist()
     texts = [[" ".join(f"word{i}" for i in part) for part in pair] for pair in words]
-    rows = (json.dumps(row(*pair)) for pair in texts)
-    path.write_text(container.format((", " if "[" in container else "\n").join(rows)))
+    path.write_text("\n".join(json.dumps(row(*pair)) for pair in texts))
     tokenizer = learn_tokenizer([Example(" ".join(map(str, range(100, 1000))), "word")], 700)
     tracemalloc.start()
     pairs = load_pairs(path)
@@ -347,8 +322,7 @@ def test_memory_of_a_long_file(tmp_path, container):
     ids = encode(pairs, tokenizer, 2000)[1]
     both, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    chunks = 3 * preferences.CHUNK * ("[" in container)
-    assert pairs == [Pair(*pair) for pair in texts] and peak < 1.5 * path.stat().st_size + chunks
+    assert pairs == [Pair(*pair) for pair in texts] and peak < 1.5 * path.stat().st_size
     count = sum(len(part) for pair in ids for part in pair[:3])
     assert 8 < (both - text) / count < 9 and count > 4000 * 500
 
@@ -394,9 +368,9 @@ def test_split_pairs_by_prompt():
 
 def test_a_prompt_stays_on_one_side_however_it_is_spelled():
     """Five spellings of one prompt, in NFC and NFD, full width, another case, other white space:
-    held out together. A prompt of a million combining marks takes no minutes."""
+    held out together."""
     same = ["Café?", "Cafe\u0301?", "Ｃａｆé？", " CAFÉ?\n", "\u3000café? "]
-    pairs = [Pair(prompt, "b", "c") for prompt in [*same, "Tea?", "e" + "\u0301\u0327" * 500_000]]
+    pairs = [Pair(prompt, "b", "c") for prompt in [*same, "Tea?", "Milk?"]]
     for seed in range(5):
         splits = split_pairs(pairs, 0, 1, 1, seed)
         assert sorted(sum(pair.prompt in same for pair in part) for part in splits[1:]) == [0, 0, 5]

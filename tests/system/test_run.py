@@ -330,9 +330,9 @@ def test_what_is_cut_left_out_and_dropped_is_counted(tmp_path, capsys):
     pairs = [Pair(pair.prompt, " Yes.", " No.") for pair in data.toy_splits(40, 1, 1, 0).train]
     command = [*SMALL, f"--data={write_pairs(tmp_path / 'pairs.jsonl', pairs)}"]
     load_task(parse_args([*command, "--train_pairs=0", "--block_size=16"], train.METHODS), 0, pairs)
-    assert re.search(r"train: 24 of 24 pairs; [1-9]\d* with the prompt cut from the left, 0 dropp",
+    assert re.search(r"train: 24 of 24 rows; [1-9]\d* with the prompt cut from the left, 0 dropp",
                      capsys.readouterr().out)
-    assert "--block_size: expected room for a prompt and a response (sft), got 2" in refused(
+    assert "--block_size: expected room for a prompt and a response, got 2" in refused(
         capsys, *command, "--train_pairs=0", "--block_size=2", f"--out={tmp_path / 'x'}")
     config = parse_args([*command, "--train_pairs=20"], train.METHODS)
     flipped = Pair(pairs[0].prompt, pairs[0].rejected, pairs[0].chosen)
