@@ -129,8 +129,7 @@ class Keep:
         content = self.find(path, key)
         if agree(content is not None):
             checkpoint.unlink(missing_ok=True)          # a kill came between
-            for line in content["log"]:
-                self.log(line)
+            self.log(*content["log"])
             if trains:
                 print(f"  {name}: kept in {printable(path)}", flush=True)
             return unpack(content, self.device)
@@ -148,8 +147,8 @@ class Keep:
     alone = functools.partialmethod(__call__, agree=bool)
 
     def open(self):
-        """Lock the folder, remove what a kill left half written. Called by the first stage of a
-        seed, so that a command that is refused before leaves an earlier run as it was."""
+        """Before the first stage of a seed, so that a command that is refused earlier leaves a run
+        as it was: lock the folder, remove what a kill left half written."""
         folder = self.out / f"seed{self.seed}"
         if folder == self.opened or not is_first():
             return
@@ -170,9 +169,9 @@ class Keep:
         for file in filter(None, (self.log_file, self.lock)):
             file.close()
 
-    def log(self, line):
+    def log(self, *lines):
         if self.log_file:
-            self.log_file.write(f"{line}\n")
+            self.log_file.writelines(f"{line}\n" for line in lines)
 
     def key(self, f, args):
         """{name: plain value or digest} of all that the result depends on."""

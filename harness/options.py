@@ -157,10 +157,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; try --help")
 
 
-def names(text):
-    return tuple(text.split(","))
-
-
 def parse_args(argv, methods, description=None):
     """Command line -> Config. Defaults may differ beside --data. methods: the table of train.py."""
     parser = Parser(allow_abbrev=False, description=description,
@@ -172,10 +168,11 @@ def parse_args(argv, methods, description=None):
             group = parser.add_argument_group(GROUPS[f.name])
         beside = f", with --data: {with_data}" if with_data != default else ""
         group.add_argument(
-            f"--{f.name}", type=names if f.type is tuple else f.type, metavar=f.name.upper(),
+            f"--{f.name}", type=str if f.type is tuple else f.type, metavar=f.name.upper(),
             default=argparse.SUPPRESS, help=f"{f.metadata['help']} "
             f"(default: {'empty' if default == '' else default}{beside})")
-    given = vars(parser.parse_args(argv))
+    given = {name: tuple(x.split(",")) if name in ("methods", "value") else x
+             for name, x in vars(parser.parse_args(argv)).items()}
     for name in ("data", "out", "teacher", "teacher_init", "student_init", *USES_A_RUN):
         if given.get(name) == "":                       # an unset shell variable, most likely
             parser.error(f"--{name}: expected a value, got an empty one")

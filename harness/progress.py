@@ -45,8 +45,7 @@ class Progress:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         print(f"  {self.stage}: resumed at step {state['step']}")
-        for line in state["log"]:
-            self.write(line)
+        self.write(*state["log"])
         self.first_step = state["step"] + 1
         return state["step"]
 
@@ -59,10 +58,10 @@ class Progress:
             raise FloatingPointError(f"{self.stage}: loss {mean}, gradient norm {norm} at step "
                                      f"{step}; expected finite numbers, try {hint}")
 
-    def write(self, line):
-        self.lines.append(line)
+    def write(self, *lines):
+        self.lines += lines
         if self.keep:
-            self.keep.log(line)
+            self.keep.log(*lines)
 
     def after(self, step, total):
         """One step is done. total: the sums of the loss over its batch, "n" and "tokens" too."""
