@@ -4,7 +4,6 @@ and harness/tokenizers.py against the slow way to learn a vocabulary."""
 import gzip
 import itertools
 import json
-import os
 import re
 import tracemalloc
 from collections import Counter

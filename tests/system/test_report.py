@@ -26,7 +26,8 @@ def make_side(tokens, psi, phi, **more):
 
 def make_row(label, reward, vs_dpo=None, seed=0, acc_vs_dpo=None):
     return {
-        "label": label, "seed": seed, "pref_n": 20, "reward": reward, "reward_ci": None if reward is None else 0.5,
+        "label": label, "seed": seed, "pref_n": 20, "reward": reward,
+        "reward_ci": None if reward is None else 0.5,
         "vs_dpo": vs_dpo, "vs_dpo_ci": None if vs_dpo is None else 0.25, "pref_acc": 0.75,
         "pref_acc_ci": 0.125, "acc_vs_dpo": acc_vs_dpo, "acc_vs_dpo_ci": 0.0625, "kl": 3.5,
         "length": 12.25}

@@ -421,7 +421,8 @@ def test_ctrl_c_again_and_again_while_the_command_ends(tmp_path):
         time.sleep(0.01)
     lines = process.communicate()[1].splitlines()
     assert process.returncode == 130 and {*lines} <= {
-        "stopping after this step; Ctrl-C again stops at once", "train.py: stopped; the same command continues from here"}
+        "stopping after this step; Ctrl-C again stops at once",
+        "train.py: stopped; the same command continues from here"}
 
 
 @pytest.mark.slow
