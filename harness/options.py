@@ -84,7 +84,7 @@ class Config:
     teacher_sft_steps: int = option(400, "of the teacher's fine-tuning; -N: N epochs", -3, STEPS)
     teacher_dpo_steps: int = option(94, "of the teacher's DPO; -N: N epochs", -2, STEPS)
     student_sft_steps: int = option(600, "of the student's fine-tuning; -N: N epochs", -3, STEPS)
-    steps: int = option(60, "of each method that trains the student; -N: N epochs", -2, STEPS)
+    steps: int = option(60, "of each method that trains the student; -N: N epochs", -1, STEPS)
     teacher_sft_lr: float = option(3e-3, f"learning rate; beside --teacher_init {SFT_RATE:g}")
     teacher_dpo_lr: float = option(3e-4, f"same; beside --teacher_init {DPO_RATE:g}", 1e-4)
     student_sft_lr: float = option(5e-3, f"same; beside --student_init {SFT_RATE:g}")
@@ -106,7 +106,7 @@ class Config:
         rows, pairs = len(task.ids.sft), len(task.ids.train)
         sizes = {"teacher_sft_steps": rows, "teacher_dpo_steps": pairs, "student_sft_steps": rows,
                  "steps": min(pairs, self.student_pairs or pairs)}
-        steps = {name: math.ceil(-getattr(self, name) * size / self.batch_size)
+        steps = {name: -getattr(self, name) * math.ceil(size / self.batch_size)
                  for name, size in sizes.items() if getattr(self, name) < 0}
         if steps:
             rates = [f"{f.name}={getattr(self, f.name):g}" for f in fields(self)

@@ -27,9 +27,10 @@ def make_side(tokens, psi, phi, **more):
 def make_row(label, reward, vs_dpo=None, seed=0, acc_vs_dpo=None):
     return {
         "label": label, "seed": seed, "pref_n": 20, "reward": reward,
-        "reward_ci": None if reward is None else 0.5, "vs_dpo": vs_dpo,
-        "vs_dpo_ci": None if vs_dpo is None else 0.25, "pref_acc": 0.75, "pref_acc_ci": 0.125,
-        "acc_vs_dpo": acc_vs_dpo, "acc_vs_dpo_ci": 0.0625, "kl": 3.5, "length": 12.25}
+        "reward_ci": None if reward is None else 0.5,
+        "vs_dpo": vs_dpo, "vs_dpo_ci": None if vs_dpo is None else 0.25, "pref_acc": 0.75,
+        "pref_acc_ci": 0.125, "acc_vs_dpo": acc_vs_dpo, "acc_vs_dpo_ci": 0.0625, "kl": 3.5,
+        "length": 12.25}
 
 
 ROWS = [make_row("sft", 1.0, -1.0), make_row("dpo", 2.0), make_row("tvkd implicit/value", 4.0, 2.0)]
