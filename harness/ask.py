@@ -32,6 +32,8 @@ def load_run(config, device):
     try:
         refuse_other_than_files(out / "results.json", folder / "tokenizer.tiktoken")
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        if results["digest"] != digest_of([results["config"], results["models"]]):
+            raise UserError("results.json: expected options and models as the run wrote them")
         past = type(config)(**{name: types[name](x) for name, x in results["config"].items()})
         past.check(past.methods)
         if seed not in results["models"]:
@@ -49,7 +51,7 @@ def load_run(config, device):
                 raise UserError(f"{folder / file_of(name)}: expected the model of this run's "
                                 "table, got another one; repeat the training command")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
-            OverflowError) as error:
+            OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--out: expected the folder of a finished run with --seed={config.seed}, "
                         f"got {config.out}: {reason}") from None

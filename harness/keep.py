@@ -35,7 +35,8 @@ try:
 except ImportError:             # on Windows nothing keeps two runs out of one folder
     fcntl = None
 
-WRITTEN = ("results.json", "report.html", "log.jsonl", "scores.jsonl", "seed*[0-9]")     # to --out
+WRITTEN = ("results.json*", "report.html*", "log.jsonl", "scores.jsonl*", "seed*[0-9]")  # to --out
+MARK = b"a run of TVKD, https://arxiv.org/abs/2509.16965\n"                 # in .lock
 DIGITS = 64                                                                 # of a SHA-256
 
 
@@ -58,11 +59,13 @@ def lock(folder):
     """Hold a run's folder until this process ends, however it ends: the system frees the lock.
     Raises UserError where another run holds it, and where files in the way are not a run's."""
     found = [path for name in WRITTEN for path in sorted(folder.glob(name))]
-    if found and not (folder / ".lock").is_file():
-        raise UserError(f"--out: expected a new folder or that of a run, got {folder} with "
-                        f"{found[0].name} and without the .lock of a run; choose another --out")
     refuse_other_than_files(folder / ".lock", folder / "log.jsonl")
-    file = open(folder / ".lock", "a", encoding="utf-8")
+    mark = (folder / ".lock").read_bytes() if (folder / ".lock").exists() else b""
+    if (found or mark) and mark != MARK:            # other programs write a .lock, too
+        raise UserError(f"--out: expected a new folder or that of a run, got {folder} with "
+                        f"{(*found, folder / '.lock')[0].name} and without the .lock of a run; "
+                        "choose another --out")
+    file = open(folder / ".lock", "ab", buffering=0)
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,6 +75,8 @@ def lock(folder):
                         ) from None
     except OSError:                     # a file system without locks
         pass
+    if not mark:
+        file.write(MARK)
     return file
 
 
@@ -159,8 +164,9 @@ class Keep:
             folder.mkdir(exist_ok=True)
             for path in folder.glob("*.tmp"):
                 path.unlink()
-            self.log_file = self.log_file or open(self.out / "log.jsonl", "w", buffering=1,
-                                                  encoding="utf-8")
+            if not self.log_file:
+                (self.out / "log.jsonl").unlink(missing_ok=True)        # it may be a link
+                self.log_file = open(self.out / "log.jsonl", "w", buffering=1, encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out: expected a folder that can be written, got {self.out}: "
                             f"{error.strerror}") from None

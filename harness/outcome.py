@@ -40,7 +40,7 @@ class Outcome:
                        if name != "out" and was.get(name) != now[name]]     # it may have moved
             old = [{"config": was, "rows": past["rows"]}] if changed else []
             self.past, self.earlier = past["models"], [*past["earlier"], *old][-20:]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # nothing, or no run's
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return
         if changed:
             print(one_line(f"{self.keep.out}: replaces the results of a run with "
@@ -82,6 +82,7 @@ class Outcome:
             "earlier": self.earlier, "prompt_looked_like": self.prompt, "made": {
                 "torch": torch.__version__, "device": str(self.keep.device),
                 "threads": torch.get_num_threads()}}), parse_constant=lambda constant: None)
+        results["digest"] = digest_of([results["config"], results["models"]])
         log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
         html = page(self.config, self.rows, self.shown, [json.loads(line) for line in log])
         write(out / "report.html", html.encode("utf-8", "replace"))
