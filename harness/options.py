@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -171,6 +172,9 @@ def parse_args(argv, methods, description=None):
             f"--{f.name}", type=str if f.type is tuple else f.type, metavar=f.name.upper(),
             default=argparse.SUPPRESS, help=f"{f.metadata['help']} "
             f"(default: {'empty' if default == '' else default}{beside})")
+    for argument in sys.argv[1:] if argv is None else argv:
+        if argument.endswith("=--"):                    # argparse makes an empty list of it
+            parser.error(f"{argument[:-3]}: expected a value, got --")
     given = {name: tuple(x.split(",")) if name in ("methods", "value") else x
              for name, x in vars(parser.parse_args(argv)).items()}
     for name in ("data", "out", "teacher", "teacher_init", "student_init", *USES_A_RUN):

@@ -16,6 +16,7 @@ from harness.ask import show_answers
 from harness.errors import CheckFailed, UserError, one_line, printable
 from harness.evaluate import HeldOut, evaluate, rows_of
 from harness.files import write
+from harness.keep import digest_of
 from harness.psi import psi_of_pairs
 from harness.report import page
 from harness.table import show_psi, table
