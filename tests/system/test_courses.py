@@ -262,7 +262,8 @@ def patient(monkeypatch):
 
 def student(folder, source):
     path = folder / "solution.py"
-    path.write_bytes(source if isinstance(source, bytes) else source.encode())
+    source = source.encode() if isinstance(source, str) else source
+    os.mkfifo(path) if source is None else path.write_bytes(source)
     return Student(path)
 
 
@@ -304,7 +305,8 @@ def test_what_a_function_may_do_instead_of_an_answer(tmp_path, monkeypatch, body
 @pytest.mark.parametrize("source, text", [
     ("def f(:", r"SyntaxError: invalid syntax"), ("1 / 0", r"ZeroDivisionError: .*\(line 1\)"),
     (b"x = '\xff'", "SyntaxError|UnicodeDecodeError"), ("import tvkd", "tvkd"),
-    ("import os; os._exit(0)", "ended by itself"), ("import course", "No module named 'course'")])
+    ("import os; os._exit(0)", "ended by itself"), ("import course", "No module named 'course'"),
+    (None, "no regular file")])
 def test_a_file_that_cannot_be_graded(tmp_path, source, text):
     """In one line."""
     with pytest.raises(pytest.UsageError, match=f"--impl: .*solution.py.*{text}") as error:
