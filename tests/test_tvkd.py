@@ -426,19 +426,19 @@ def test_shaping_gives_no_gradient():
     (0.0, math.log(3 / 2), 1 / 3),          # margin ln 2: DPO
     (0.5, LN2, 1 / 2),                      # margin ln 2 - ln 4 / 2 = 0
     (1.0, LN3, 2 / 3),                      # margin ln 2 - ln 4 = -ln 2: sigmoid 1/3
-    (-1.0, math.log(9 / 8), 1 / 9),         # margin ln 2 + ln 4 = ln 8: sigmoid 8/9
+    (-2.0, math.log(33 / 32), 1 / 33),      # margin ln 2 + 2 ln 4 = ln 32: sigmoid 32/33
 ])
 def test_tvkd_by_hand(alpha, loss, weight):
     """beta 1, log-ratios ln 4 and ln 2, summed psi ln 4 and 0. Margins for alpha 0, 1/2, 1: ln 2,
-    0, -ln 2. Weight: minus the gradient by log pi(y_w), sigmoid(-margin). alpha -1 is the plus
-    reading: margin ln 2 + ln 4 = ln 8, loss -ln(8/9) = ln(9/8), weight 1/9."""
+    0, -ln 2. Weight: minus the gradient by log pi(y_w), sigmoid(-margin). alpha -2 is the plus
+    reading: margin ln 2 + 2 ln 4 = ln 32, loss -ln(32/33) = ln(33/32), weight 1/33."""
     policy = t(LN4 - 5, LN2 - 6).requires_grad_()
     ref, psi = t(-5, -6), t(LN4, 0)
     got = tvkd_loss(policy[:1], policy[1:], ref[:1], ref[1:], psi[:1], psi[1:], 1.0, alpha)
     close(got, [loss], mistakes={
         "a plus before alpha, where a minus belongs" if alpha > 0 else "the sign of alpha is lost":
             losses(LN2 + alpha * LN4),
-        "alpha is not applied": [LN3]})
+        "alpha is not applied": [LN3], "alpha is outside the sigmoid": [LN3 - LN2 - alpha * LN4]})
     got.sum().backward()
     close(policy.grad, [-weight, weight])
 
@@ -487,10 +487,10 @@ def test_reference_and_psi_get_no_gradient(call):
 @pytest.mark.parametrize("call", LOSSES)
 @pytest.mark.parametrize("margin, loss, gradient", [(-900, 900, -1), (900, 0, 0)])
 def test_extreme_margins(call, margin, loss, gradient):
-    """beta 1, psi 0. Margin -900: loss 900, gradient -1 (log(sigmoid(x)) would be -inf). Margin
+    """beta 1, psi 900 for both. Margin -900: loss 900, gradient -1 (log(sigmoid(x)) would be -inf). Margin
     900: loss 0, gradient 0."""
     policy, zero = t(margin).requires_grad_(), t(0)
-    got = call(policy, *[zero] * 5)
+    got = call(policy, zero, zero, zero, zero + 900, zero + 900)
     close(got, [loss], mistakes={"log(sigmoid(x)) instead of logsigmoid(x)": [math.inf]})
     got.sum().backward()
     close(policy.grad, [gradient])
