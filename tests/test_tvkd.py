@@ -487,8 +487,8 @@ def test_reference_and_psi_get_no_gradient(call):
 @pytest.mark.parametrize("call", LOSSES)
 @pytest.mark.parametrize("margin, loss, gradient", [(-900, 900, -1), (900, 0, 0)])
 def test_extreme_margins(call, margin, loss, gradient):
-    """beta 1, psi 900 for both. Margin -900: loss 900, gradient -1 (log(sigmoid(x)) would be -inf). Margin
-    900: loss 0, gradient 0."""
+    """beta 1, psi 900 for both. Margin -900: loss 900, gradient -1 (log(sigmoid(x)) would be
+    -inf). Margin 900: loss 0, gradient 0."""
     policy, zero = t(margin).requires_grad_(), t(0)
     got = call(policy, zero, zero, zero, zero + 900, zero + 900)
     close(got, [loss], mistakes={"log(sigmoid(x)) instead of logsigmoid(x)": [math.inf]})
