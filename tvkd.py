@@ -58,8 +58,7 @@ def _at_least_float32(logits):
 def action_logps(logits, actions):
     """log pi(a|s) = logits[a] - logsumexp(logits), for one action in each state.
 
-    logits (..., V), with gradient, actions (...) ids -> (...) nats. Training passes response states
-    only: (n, V).
+    logits (..., V), with gradient, actions (...) ids -> (...) nats. In training (n, V), no padding.
     """
     _expect_shape(logits.shape[:-1], actions=actions)
     logits = _at_least_float32(logits)
@@ -120,15 +119,14 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 # --------------------------------------------------------------------------------------------------
 # The teacher's value, in two forms.
 #
-# From logits:   V_phi(s) = beta log sum_a exp(Q_phi(s,a)/beta) = beta logsumexp(logits_phi(s))
-#                if logits = Q/beta, with beta log pi_ref counted into Q            arXiv 2404.12358
+# From logits:   V_phi(s) = beta log sum_a exp(Q_phi(s,a)/beta)                     arXiv 2404.12358
 
 def soft_value(logits, beta):
-    """Soft value of every state from the teacher's RAW logits (..., V) -> (...).
+    """V(s) = beta * logsumexp(logits), with logits = Q/beta and beta log pi_ref counted into Q.
 
-    Trap: log-probabilities give 0 everywhere, since logsumexp(log_softmax(z)) = 0.
-    Trap: c(s) added to all logits of a state changes no probability, yet it moves this value by
-    beta * c(s), and no likelihood says what c(s) is.
+    RAW logits (..., V) -> (...). Trap: log-probs give 0, since logsumexp(log_softmax(z)) = 0.
+    Trap: c(s) added to all logits of a state changes no probability, so no likelihood fixes it;
+    yet it moves this value by beta * c(s).
     """
     return beta * _at_least_float32(logits).logsumexp(-1)
 

@@ -50,6 +50,8 @@ class Student:
     def __init__(self, path):
         self.process, self.seconds = None, 0.0          # seconds: that its calls took so far
         try:
+            if not path.is_file():                      # a pipe would be read for ever
+                raise OSError("no regular file")
             self.source = path.read_bytes().decode("latin-1")  # as it is: it may say how to read it
             self.start()
         except Exception as error:
@@ -72,8 +74,8 @@ class Student:
 
     def stop(self):
         if self.process:
-            kill(self.process)
-            self.process.communicate()
+            with contextlib.suppress(OSError), self.process:       # a child may hold the pipes open
+                kill(self.process)
             self.folder.cleanup()
             self.process = None
 
@@ -219,6 +221,8 @@ class Grader:
     def call(self, name, *args, **kwargs):
         """A function of the graded file. A failure shows its latest arguments."""
         theirs = self.variant.names[name]
+        if name == "shaping" and args[2:] == (1.0, "value"):
+            args = args[:2]                             # then the file's own defaults have to hold
         self.calls[name] = [copied(x) for x in args], {k: copied(x) for k, x in kwargs.items()}
         if isinstance(self.stopped.get(name), TimeoutError):
             raise TimeoutError(f"{theirs}: in an earlier test, {self.stopped[name]}")
@@ -302,16 +306,15 @@ class Grader:
         out.section(f"points: {printable(self.path.name)}")
         for line in self.table():
             out.write_line(line)
+        self.student.stop()                             # nothing it started may change the record
         self.write()
 
     def pytest_unconfigure(self):
         self.student.stop()
 
     def failures_to_show(self, name, show_all):
-        """By default one per function, none if it is not written yet.
-
-        A test of several functions is shown if nothing else explains its failure.
-        """
+        """By default one per function, none if it is not written yet. A test of several functions
+        is shown if nothing else explains its failure."""
         failures = self.failures_of(name)
         explained = name == TOGETHER and any(map(self.failures_of, FUNCTIONS))
         if show_all:

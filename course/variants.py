@@ -68,10 +68,8 @@ class Variant:
         return [arg.arg for arg in self.signatures[function].args]
 
     def wrappers(self, module, side):
-        """Source of ten functions that call those of `module` in the other convention.
-
-        side 0: they are the variant's and call tvkd.py's; side 1: the other way round.
-        """
+        """Source of ten functions that call those of `module` in the other convention. side 0: they
+        are the variant's and call tvkd.py's; side 1: the other way round."""
         sources = []
         for name in FUNCTIONS:
             here, there = (self.names[name], name) if side == 0 else (name, self.names[name])

@@ -40,7 +40,7 @@ MISTAKES = {name: Mistake(function, kind, message, tuple(zip(texts[::2], texts[1
         "half_precision": (R, "expected torch.float32", "_at_least_float32(logits)", "logits")},
     "token_logps": {
         "no_shift": (E, "no shift", "logits[:, :-1]", "logits[:, 1:]"),
-        "nan_through_padding": (R, "[[nan, nan, nan", ".isneginf()", ".isnan()")},
+        "nan_through_padding": (R, "[[nan, nan, nan", ".isneginf()", ".isposinf()")},
     "sequence_logps": {
         "mean_for_sum": (E, "the mean over response tokens", "sum(-1)", "sum(-1) / mask.sum(-1)"),
         "mask_off_by_one": (E, "one column too far right", "mask.bool()",

@@ -52,6 +52,12 @@ def no_gradient(**tensors):
             raise AssertionError(f"expected no gradient of {name}, got {as_text(tensor.grad)}")
 
 
+def reads(got, text):
+    """For -inf and NaN, which are `close` to nothing."""
+    if as_text(got) != text:
+        raise AssertionError(f"expected {text}\n     got {as_text(got)}")
+
+
 def has_dtype(tensor, dtype):
     if tensor.dtype != dtype:
         raise AssertionError(f"expected {dtype}, got {tensor.dtype}")
@@ -126,22 +132,15 @@ def test_sequence_logps_is_a_sum():
 
 
 @points("all together")
-def test_uniform_sequence():
-    """V = 5, prompt of 4, response of 2 and EOS: 3 scored actions of ln(1/5) = -1.609438 each; sum
-    -4.828314 (not the mean)."""
-    tokens = torch.tensor([[1, 2, 3, 4, 1, 2, 0]])
-    mask = torch.tensor([[0, 0, 0, 1, 1, 1]]).bool()            # actions 3, 4, 5 = tokens 4, 5, 6
-    close(sequence_logps(token_logps(torch.zeros(1, 7, 5), tokens), mask), [-4.828314])
-
-
-@points("all together")
 def test_first_response_token_and_eos_are_scored():
     """Prompt of 4, so the first response action is taken in state 3 (logits[:, 3]); EOS, token 6,
-    in state 5. Logits of states 0 to 2 (the prompt's) and of state 6 (after EOS) are never read."""
+    in state 5. Logits of states 0 to 2 (the prompt's) and of state 6 (after EOS) are never read.
+    V = 5: 3 ln(1/5) = -4.828314."""
     tokens = torch.tensor([[1, 2, 3, 4, 1, 2, 0]])
     mask = torch.tensor([[0, 0, 0, 1, 1, 1]]).bool()
     base = torch.zeros(1, 7, 5)
     before = sequence_logps(token_logps(base, tokens), mask)
+    close(before, [-4.828314])
     for state, read in enumerate([False, False, False, True, True, True, False]):
         nudged = base.clone()
         nudged[0, state] = torch.arange(5.0) * 3
@@ -178,21 +177,6 @@ def test_token_logps_of_garbage_padding():
     close(logits.grad[0, 0], [-.2, -.2, .8, -.2, -.2])
 
 
-@points("sequence_logps", "robustness")
-def test_sequence_logps_of_garbage_padding():
-    """Padding log-probs of NaN: -1 - 2 = -3, gradient (1, 1, 0). An impossible response stays
-    impossible: -1 - inf = -inf, not -1, and NaN in the response stays NaN."""
-    noisy = torch.tensor([[-1.0, -2.0, NAN]], requires_grad=True)
-    total = sequence_logps(noisy, torch.tensor([[True, True, False]]))
-    close(total, [-3])
-    total.sum().backward()
-    close(noisy.grad, [[1, 1, 0]])
-    rows = t([-1, -torch.inf, -2], [-1, NAN, -2])
-    got = as_text(sequence_logps(rows, torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()))
-    if got != "[-inf, nan]":
-        raise AssertionError(f"expected [-inf, nan]\n     got {got}")
-
-
 # --- dpo_loss -----------------------------------------------------------------------------------
 
 @points("dpo_loss")
@@ -219,14 +203,6 @@ def test_dpo_by_hand():
     close(rejected.grad, [1/6, 3/4, 3/4])
 
 
-@points("dpo_loss", "robustness")
-def test_dpo_gives_the_reference_no_gradient():
-    """The reference is frozen, even where its log-probs come with a graph."""
-    policy, ref = t(-10, -12).requires_grad_(), t(-11, -11).requires_grad_()
-    dpo_loss(policy[:1], policy[1:], ref[:1], ref[1:], 0.1).sum().backward()
-    no_gradient(reference=ref)
-
-
 @points("dpo_loss")
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_dpo_at_the_reference(beta):
@@ -240,19 +216,6 @@ def test_dpo_at_the_reference(beta):
         "the reference is added, or its two responses are swapped": losses(8 * beta)})
     loss.sum().backward()
     close(policy.grad, [-beta / 2, beta / 2])
-
-
-@points("dpo_loss", "robustness")
-def test_dpo_extreme_margins():
-    """Margin -900: loss 900, gradient -1 (log(sigmoid(x)) would be -inf). Margin 900: loss 0,
-    gradient 0."""
-    zero = torch.zeros(1)
-    for margin, loss, gradient in ((-900.0, 900.0, -1.0), (900.0, 0.0, 0.0)):
-        policy = torch.tensor([margin], requires_grad=True)
-        got = dpo_loss(policy, zero, zero, zero, 1.0)
-        close(got, [loss], mistakes={"log(sigmoid(x)) instead of logsigmoid(x)": [math.inf]})
-        got.sum().backward()
-        close(policy.grad, [gradient])
 
 
 # --- the teacher's value ------------------------------------------------------------------------
@@ -340,21 +303,15 @@ def test_implicit_value_by_hand():
 
 @points("implicit_value", "robustness")
 def test_implicit_value_of_garbage_padding():
-    """Log-ratios (NaN, 2, -3, NaN), mask (0, 1, 1, 0), beta 1: 0, 0, 2, 2 - 3 = -1, -1. If the
-    teacher gives the last token probability 0, the value is -inf from s_end on."""
-    teacher = torch.tensor([[NAN, 3.0, -1.0, NAN], [NAN, 3.0, -torch.inf, NAN]])
-    ref = torch.tensor([[0.0, 1.0, 2.0, 5.0]] * 2)
-    values = implicit_value(teacher, ref, torch.tensor([[0, 1, 1, 0]] * 2).bool(), 1.0)
-    close(values[0], [0, 0, 2, -1, -1])
-    if as_text(values[1]) != "[0.0, 0.0, 2.0, -inf, -inf]":
-        raise AssertionError(f"expected [0, 0, 2, -inf, -inf]\n     got {as_text(values[1])}")
+    """Log-ratios (NaN, 2, -3, NaN), mask (0, 1, 1, 0), beta 1: 0, 0, 2, 2 - 3 = -1, -1."""
+    teacher, ref = torch.tensor([[NAN, 3.0, -1.0, NAN]]), torch.tensor([[0.0, 1.0, 2.0, 5.0]])
+    values = implicit_value(teacher, ref, torch.tensor([[0, 1, 1, 0]]).bool(), 1.0)
+    close(values, [[0, 0, 2, -1, -1]])
 
 
 # --- shaping ------------------------------------------------------------------------------------
 
 ALL = torch.ones(1, 3).bool()
-
-
 HAND = [
     (1.0, "zero", [3, -2, -3]),             # 5-2, 3-5, 0-3
     (1.0, "value", [3, -2, 1]),             # ..., 4-3
@@ -469,19 +426,19 @@ def test_shaping_gives_no_gradient():
     (0.0, math.log(3 / 2), 1 / 3),          # margin ln 2: DPO
     (0.5, LN2, 1 / 2),                      # margin ln 2 - ln 4 / 2 = 0
     (1.0, LN3, 2 / 3),                      # margin ln 2 - ln 4 = -ln 2: sigmoid 1/3
-    (-0.5, math.log(5 / 4), 1 / 5),         # margin ln 2 + ln 4 / 2 = ln 4: sigmoid 4/5
+    (-2.0, math.log(33 / 32), 1 / 33),      # margin ln 2 + 2 ln 4 = ln 32: sigmoid 32/33
 ])
 def test_tvkd_by_hand(alpha, loss, weight):
     """beta 1, log-ratios ln 4 and ln 2, summed psi ln 4 and 0. Margins for alpha 0, 1/2, 1: ln 2,
-    0, -ln 2. Weight: minus the gradient by log pi(y_w), sigmoid(-margin). alpha -1/2 is the plus
-    reading: margin ln 2 + ln 4 / 2 = ln 4, loss -ln(4/5) = ln(5/4), weight 1/5."""
+    0, -ln 2. Weight: minus the gradient by log pi(y_w), sigmoid(-margin). alpha -2 is the plus
+    reading: margin ln 2 + 2 ln 4 = ln 32, loss -ln(32/33) = ln(33/32), weight 1/33."""
     policy = t(LN4 - 5, LN2 - 6).requires_grad_()
     ref, psi = t(-5, -6), t(LN4, 0)
     got = tvkd_loss(policy[:1], policy[1:], ref[:1], ref[1:], psi[:1], psi[1:], 1.0, alpha)
     close(got, [loss], mistakes={
         "a plus before alpha, where a minus belongs" if alpha > 0 else "the sign of alpha is lost":
             losses(LN2 + alpha * LN4),
-        "alpha is not applied": [LN3]})
+        "alpha is not applied": [LN3], "alpha is outside the sigmoid": [LN3 - LN2 - alpha * LN4]})
     got.sum().backward()
     close(policy.grad, [-weight, weight])
 
@@ -512,24 +469,31 @@ def test_tvkd_of_three_pairs():
     close(rejected.grad, [1/3, 1/3, 9/8])
 
 
-@points("tvkd_loss", "robustness")
-def test_tvkd_gives_reference_and_psi_no_gradient():
+# dpo_loss, and tvkd_loss at alpha 1
+LOSSES = [
+    pytest.param(lambda *x: dpo_loss(*x[:4], 1.0), marks=points("dpo_loss", "robustness")),
+    pytest.param(lambda *x: tvkd_loss(*x, 1.0, 1.0), marks=points("tvkd_loss", "robustness"))]
+
+
+@pytest.mark.parametrize("call", LOSSES)
+def test_reference_and_psi_get_no_gradient(call):
     """Both are constants of the data, even where they come with a graph."""
     policy = t(LN4 - 5, LN2 - 6).requires_grad_()
     ref, psi = t(-5, -6).requires_grad_(), t(LN4, 0).requires_grad_()
-    loss = tvkd_loss(policy[:1], policy[1:], ref[:1], ref[1:], psi[:1], psi[1:], 1.0, 0.5)
-    loss.sum().backward()
+    call(*policy.split(1), *ref.split(1), *psi.split(1)).sum().backward()
     no_gradient(reference=ref, psi=psi)
 
 
-@points("tvkd_loss", "robustness")
-def test_tvkd_extreme_margin():
-    """Log-ratios 0, alpha 1, psi 900 and 0: margin -900, loss 900, gradient -1."""
-    policy, zero = torch.zeros(1, requires_grad=True), torch.zeros(1)
-    loss = tvkd_loss(policy, zero, zero, zero, torch.tensor([900.0]), zero, 1.0, 1.0)
-    close(loss, [900], mistakes={"log(sigmoid(x)) instead of logsigmoid(x)": [math.inf]})
-    loss.sum().backward()
-    close(policy.grad, [-1])
+@pytest.mark.parametrize("call", LOSSES)
+@pytest.mark.parametrize("margin, loss, gradient", [(-900, 900, -1), (900, 0, 0)])
+def test_extreme_margins(call, margin, loss, gradient):
+    """beta 1, psi 900 for both. Margin -900: loss 900, gradient -1 (log(sigmoid(x)) would be
+    -inf). Margin 900: loss 0, gradient 0."""
+    policy, zero = t(margin).requires_grad_(), t(0)
+    got = call(policy, zero, zero, zero, zero + 900, zero + 900)
+    close(got, [loss], mistakes={"log(sigmoid(x)) instead of logsigmoid(x)": [math.inf]})
+    got.sum().backward()
+    close(policy.grad, [gradient])
 
 
 @points("all together")
@@ -613,10 +577,15 @@ def test_kd_of_garbage_padding():
 
 
 @points("kd_loss", "robustness")
-def test_kd_teacher_probability_zero():
-    """Teacher (1, 0), student (1/2, 1/2): KL = ln 2; 0 ln 0 counts as 0."""
-    teacher = torch.tensor([0.0, -torch.inf]).expand(1, 2, 2)
-    close(kd_loss(torch.zeros(1, 2, 2), teacher, torch.ones(1, 1).bool()), LN2)
+@pytest.mark.parametrize("student, teacher, expected", [
+    (t(0, 0), t(0, -math.inf), LN2), (t(0, -100), t(0, 0), 50 - LN2),
+    (t(0, 0), torch.tensor([0, 2.5]).bfloat16(), 0.424612)])
+def test_kd_of_extreme_and_rounded_logits(student, teacher, expected):
+    """Teacher (1, 0), student (1/2, 1/2): KL = ln 2; 0 ln 0 counts as 0. Teacher (1/2, 1/2),
+    student (1, e^-100): ln(1/2) + 100/2 = 49.306853. Teacher of bfloat16 logits 0 and 2.5, raised
+    first: p = 1/(1 + e^-2.5) = .924142, ln 2 + p ln p + (1 - p) ln(1 - p) = .424612."""
+    student, teacher = (x.expand(1, 2, 2) for x in (student, teacher))
+    close(kd_loss(student, teacher, ALL[:, :1]), expected)
 
 
 @points("nll_loss")
@@ -636,14 +605,17 @@ def test_nll_by_hand():
     close(logps.grad, [[0, -1/3, -1/3, 0], [0, -1/3, 0, 0]])
 
 
-@points("nll_loss", "robustness")
-def test_nll_of_garbage_padding():
-    """Rows (-1, -3, [NaN]): (1 + 3) / 2 = 2, gradient (-1/2, -1/2, 0)."""
-    logps = t(-1, -3, NAN).view(1, 3).requires_grad_()
-    loss = nll_loss(logps, torch.tensor([[True, True, False]]))
-    close(loss, 2.0)
-    loss.backward()
-    close(logps.grad, [[-1 / 2, -1 / 2, 0]])
+@pytest.mark.parametrize("function, expected, gradient", [
+    pytest.param(sequence_logps, [-4], 1, marks=points("sequence_logps", "robustness")),
+    pytest.param(nll_loss, 2, -1/2, marks=points("nll_loss", "robustness"))])
+def test_logps_of_garbage_padding(function, expected, gradient):
+    """Log-probs (-1, -3, [NaN]): the sum is -4, the mean of -log pi 2; gradient 1 and -1/2 for two
+    tokens, 0 in the padding."""
+    logps = t([-1, -3, NAN]).requires_grad_()
+    result = function(logps, torch.tensor([[True, True, False]]))
+    close(result, expected)
+    result.sum().backward()
+    close(logps.grad, [[gradient, gradient, 0]])
 
 
 # --- masks --------------------------------------------------------------------------------------
@@ -670,13 +642,44 @@ def test_masks_of_zeros_and_ones(call, expected, dtype):
     close(call(torch.tensor([[1, 0, 1]]).to(dtype)), expected)
 
 
+# --- -inf and NaN in the response ----------------------------------------------------------------
+
+INF, HALVES = math.inf, t(0, 0).repeat(1, 2, 1)
+INSIDE = [
+    ("action_logps", lambda: action_logps(t([1000, -1000], [1000, -1000], [0, -INF], [NAN, 0]),
+                                          torch.tensor([1, 0, 1, 0])), "[-2000.0, 0.0, -inf, nan]"),
+    ("token_logps", lambda: token_logps(t([[0, -INF], [0, NAN], [0, 0]]),
+                                        torch.tensor([[0, 1, 1]])), "[[-inf, nan]]"),
+    ("sequence_logps", lambda: sequence_logps(t([-1, -INF, -2], [-1, NAN, -2]),
+                                              torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()),
+     "[-inf, nan]"),
+    ("implicit_value", lambda: implicit_value(t([3, -INF, NAN]), t([1, 2, 2]), ALL, 1.0),
+     "[[0.0, 2.0, -inf, nan]]"),
+    ("shaping", lambda: shaping(t([2, 5, NAN, 4], [2, 5, 3, -INF]), ALL.repeat(2, 1), 1.0, "value"),
+     "[[3.0, nan, nan], [3.0, -2.0, -inf]]"),
+    ("kd_loss", lambda: kd_loss(t([[0, -INF], [0, 0]]), HALVES, ALL[:, :1]), "inf"),
+    ("kd_loss", lambda: kd_loss(t([[0, NAN], [0, 0]]), HALVES, ALL[:, :1]), "nan"),
+    ("nll_loss", lambda: nll_loss(t([-1, -INF]), ALL[:, :2]), "inf"),
+    ("nll_loss", lambda: nll_loss(t([-1, NAN]), ALL[:, :2]), "nan"),
+]
+
+
+@pytest.mark.parametrize("call, text", [
+    pytest.param(call, text, marks=points(name, "robustness"), id=f"{name}-{i}")
+    for i, (name, call, text) in enumerate(INSIDE)])
+def test_infinite_and_nan_in_the_response(call, text):
+    """They stay what they are: log 0 = -inf, and what is added to -inf or NaN is that. KL((1/2,
+    1/2) || (1, 0)) = inf. From logits 1000 and -1000: -1000 - 1000 = -2000, and 0."""
+    reads(call(), text)
+
+
 # --- arguments stay as they are ------------------------------------------------------------------
 
 TWO, FOUR = t(-1, -2), t([-1, -2, -3, -4], [-5, -6, -7, -8])
 PARTLY = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0]])
 STATES = t([0, 0], [1, 0], [0, 2], [-torch.inf, -torch.inf], [1, 1]).repeat(2, 1, 1)
 CALLS = [
-    ("action_logps", STATES[:, 0], torch.tensor([0, 1])),
+    ("action_logps", STATES[0, :3], torch.tensor([0, 1, 0])),
     ("token_logps", STATES, torch.ones(2, 5).long()),
     ("sequence_logps", FOUR, PARTLY),
     ("dpo_loss", TWO, TWO - 1, TWO, TWO + 1, 0.5),
@@ -715,16 +718,7 @@ ERRORS = [
      "actions: expected shape (2,), got (3,)"),
     ("token_logps", torch.zeros(2, 4, 5), odd.long(), "tokens: expected shape (2, 4), got (2, 3)"),
     ("sequence_logps", odd, four, "mask: expected shape (2, 3), got (2, 4)"),
-    ("dpo_loss", two, one, two, two, 1.0, "policy_rejected: expected shape (2,), got (1,)"),
-    ("dpo_loss", two, two, one, two, 1.0, "ref_chosen: expected shape (2,), got (1,)"),
-    ("dpo_loss", two, two, two, one, 1.0, "ref_rejected: expected shape (2,), got (1,)"),
     ("dpo_loss", one, two, two, two, 1.0, "policy_rejected: expected shape (1,), got (2,)"),
-    ("tvkd_loss", two, one, two, two, two, two, 1.0, 1.0,
-     "policy_rejected: expected shape (2,), got (1,)"),
-    ("tvkd_loss", two, two, two, two, one, two, 1.0, 1.0,
-     "psi_chosen: expected shape (2,), got (1,)"),
-    ("tvkd_loss", two, two, two, two, two, one, 1.0, 1.0,
-     "psi_rejected: expected shape (2,), got (1,)"),
     ("implicit_value", odd, odd, three, 1.0, "mask: expected shape (2, 3), got (1, 3)"),
     ("implicit_value", odd, four, odd, 1.0, "teacher_ref_logps: expected shape (2, 3), got (2, 4)"),
     ("implicit_value", four, odd, odd, 1.0, "teacher_ref_logps: expected shape (2, 4), got (2, 3)"),
@@ -739,6 +733,11 @@ ERRORS = [
     ("nll_loss", odd, torch.ones(2).bool(), "mask: expected shape (2, 3), got (2,)"),
     ("nll_loss", three, ~ALL, "at least one response token, got none"),
 ]
+PAIRS = "policy_chosen policy_rejected ref_chosen ref_rejected psi_chosen psi_rejected".split()
+ERRORS += [(name, *[one if x == wrong else two for x in PAIRS[:n]], *numbers,
+            f"{wrong}: expected shape (2,), got (1,)")
+           for name, n, *numbers in (("dpo_loss", 4, 1.0), ("tvkd_loss", 6, 1.0, 1.0))
+           for wrong in PAIRS[1:n]]
 
 
 @pytest.mark.parametrize("name, inputs", [

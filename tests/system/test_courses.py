@@ -208,13 +208,13 @@ def test_a_mistake_costs_points_of_its_function_alone(graded, file):
 @pytest.mark.slow
 def test_what_a_student_reads_about_a_plus_sign(graded):
     """beta 1, alpha 1/2, log-ratios ln 4 and ln 2, psi ln 4 and 0: margin ln 2 - ln 2 = 0, loss
-    ln 2 = 0.693147; with the plus ln 4, loss ln(1 + 1/4) = 0.223144. 32 - 3 - 1 - 2 points: a test
-    of robustness asks for a loss, and the file as a whole is wrong, too."""
+    ln 2 = 0.693147; with the plus ln 4, loss ln(1 + 1/4) = 0.223144. 32 - 3 - 2 points: the file
+    as a whole is wrong, too."""
     plus = graded["plus"]
     assert re.search(r"input      tvkd_loss\(policy_chosen=\[-3.613706], .*, alpha=0.5\)\n"
                      r"result     expected \[0.693147\]\n +got \[0.223144\]\n", plus.output)
-    assert "test       test_tvkd_by_hand[0.5" in plus.output and "26 of 32 points" in plus.output
-    assert re.search(r"^tvkd_loss +0 of  3 +\(1 of 6\) +0 of  1 +\(5 of 6\)$", plus.output, re.M)
+    assert "test       test_tvkd_by_hand[0.5" in plus.output and "27 of 32 points" in plus.output
+    assert re.search(r"^tvkd_loss +0 of  3 +\(1 of 6\) +1 of  1 +\(9 of 9\)$", plus.output, re.M)
     assert plus.tests["tvkd_loss: equation"]["output"].startswith("test_tvkd_by_hand[0.5")
     assert plus.tests[f"{TOGETHER}: equation"]["score"] == 0
 
@@ -262,7 +262,8 @@ def patient(monkeypatch):
 
 def student(folder, source):
     path = folder / "solution.py"
-    path.write_bytes(source if isinstance(source, bytes) else source.encode())
+    source = source.encode() if isinstance(source, str) else source
+    os.mkfifo(path) if source is None else path.write_bytes(source)
     return Student(path)
 
 
@@ -304,7 +305,8 @@ def test_what_a_function_may_do_instead_of_an_answer(tmp_path, monkeypatch, body
 @pytest.mark.parametrize("source, text", [
     ("def f(:", r"SyntaxError: invalid syntax"), ("1 / 0", r"ZeroDivisionError: .*\(line 1\)"),
     (b"x = '\xff'", "SyntaxError|UnicodeDecodeError"), ("import tvkd", "tvkd"),
-    ("import os; os._exit(0)", "ended by itself"), ("import course", "No module named 'course'")])
+    ("import os; os._exit(0)", "ended by itself"), ("import course", "No module named 'course'"),
+    (None, "no regular file")])
 def test_a_file_that_cannot_be_graded(tmp_path, source, text):
     """In one line."""
     with pytest.raises(pytest.UsageError, match=f"--impl: .*solution.py.*{text}") as error:
