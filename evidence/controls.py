@@ -153,7 +153,7 @@ def variant(config, who):
 @cache
 def keep_in(folder, seed):
     """The Keep of a model, in a folder of its own, which this process locks as long as it lives."""
-    keep = Keep(folder, CPU, quiet=True)
+    keep = Keep(folder, CPU)
     keep.seed = seed
     return keep
 

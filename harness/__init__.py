@@ -9,7 +9,8 @@ import sys
 
 
 def stop_at_once(*_):
-    os.write(2, b"train.py: stopped\n")
+    """At Ctrl-C, as kill -9 does: every file is there as a whole, or not at all."""
+    os.write(2, b"train.py: stopped; the same command continues from here\n")
     os._exit(130)
 
 
@@ -18,14 +19,13 @@ try:
 except OSError:
     print("expected a working folder that exists, got one that was deleted", file=sys.stderr)
     raise SystemExit(2) from None
-# Ctrl-C while torch is imported, and while the program ends: one line. Between, it is an exception
-# (harness/outcome.py). Only where train.py is the program, and not where Ctrl-C is ignored.
+# Only where train.py is the program, and not where Ctrl-C is ignored.
 IS_PROGRAM = (os.path.basename(sys.argv[0]) == "train.py"
               and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 if IS_PROGRAM:
     signal.signal(signal.SIGINT, stop_at_once)
-# OpenMP threads spin while they wait for each other. On a busy machine they spin away the time that
-# the other thread needs. Both variables are read when torch is imported, so they are set first:
-# GOMP_SPINCOUNT by GNU's OpenMP (Linux), KMP_BLOCKTIME, in milliseconds, by LLVM's (macOS).
+# OpenMP threads spin while they wait for each other, which takes the time that the other one needs
+# on a busy machine. Read when torch is imported: GOMP_SPINCOUNT by GNU's OpenMP (Linux),
+# KMP_BLOCKTIME, in milliseconds, by LLVM's (macOS).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("KMP_BLOCKTIME", "1")

@@ -6,84 +6,68 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
 import data
 from harness.errors import UserError, printable
-from harness.evaluate import all_pair_logps, is_correct, reward_margins, spoken
-from harness.files import refuse_inside, write
-from harness.keep import Keep, file_of, lock, read, unpack
+from harness.evaluate import all_pair_logps, is_correct, spoken
+from harness.files import refuse_inside, refuse_other_than_files, write
+from harness.keep import digest_of, file_of, lock, read, unpack
 from harness.preferences import counted, load_pairs
 from harness.sampling import sample
 from harness.steps import under_torchrun
 from harness.tokenizers import load_tokenizer, named_tokenizer
 from harness.weights import export_model, export_targets
-from model import device_of, response_logps
+from model import action_psi, state_values
 
-ANSWERS, SPACE = 3, "\u2423"
+ANSWERS = 3
 WORD = f"(?:{'|'.join([*data.THINGS, *data.ALL_FACTS])})"
 TOY_PROMPT = re.compile(rf"\s*Describe the {WORD}: {WORD}(?:, {WORD})*\.", re.IGNORECASE)
 
 
 def load_run(config, device):
-    """What a run left in --out -> Config, tokenizer, {label: (model, reference, beta)}, a prompt.
-
-    Every file must be the one whose digest results.json has: one copied from another run would
-    answer, too. The prompt is one of those the models were trained on.
-    """
+    """What a run left in --out -> (its Config, tokenizer, {label: (model, reference, beta)}, one of
+    its prompts). Every file must be the one whose digest results.json has: one copied from another
+    run would answer, too."""
     out, seed = Path(config.out), str(config.seed)
-    folder, keep = out / f"seed{seed}", Keep(None, device)
+    folder, types = out / f"seed{seed}", {f.name: f.type for f in fields(config)}
     try:
-        for path in (out / "results.json", folder / "tokenizer.tiktoken"):
-            if os.path.lexists(path) and not path.is_file():        # opening a pipe would hang
-                raise UserError(f"{path}: expected a file as a run wrote it")
+        refuse_other_than_files(out / "results.json", folder / "tokenizer.tiktoken")
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        past = type(config)(**results["config"])
-        check_types(past)
+        if results["digest"] != digest_of([results["config"], results["models"]]):
+            raise UserError("results.json: expected options and models as the run wrote them")
+        past = type(config)(**{name: types[name](x) for name, x in results["config"].items()})
+        past.check(past.methods)
         if seed not in results["models"]:
             raise UserError(f"--seed: expected one of the run's, {', '.join(results['models'])}")
-        digests, prompt = dict(results["models"][seed]), results.get("prompt_looked_like")
+        digests, models = dict(results["models"][seed]), {}
         tokenizer = named_tokenizer(past.tokenizer) if past.tokenizer else \
             load_tokenizer(folder / "tokenizer.tiktoken")
-        expected = digests.pop("tokenizer")
-        if keep.describe("x", tokenizer)["x"] != expected:
+        if digest_of(tokenizer) != digests.pop("tokenizer"):
             raise UserError(f"{folder}: expected the tokenizer that the models were trained with")
-        models = {}
         for name, digest in digests.items():
             if not re.fullmatch(r"\w[\w .+/-]*", name):     # it becomes the name of a file
                 raise ValueError(f"expected names of methods, got {name!r:.60}")
             models[name] = unpack(read(folder / file_of(name)), device)
-            if keep.describe("x", models[name])["x.weights"] != digest:
+            if digest_of(models[name]) != digest:
                 raise UserError(f"{folder / file_of(name)}: expected the model of this run's "
                                 "table, got another one; repeat the training command")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
+            OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--out: expected the folder of a finished run with --seed={config.seed}, "
                         f"got {config.out}: {reason}") from None
     teacher_ref = models.pop("teacher-sft", None)
     return past, tokenizer, {
         name: (model, teacher_ref, past.teacher_beta) if name == "teacher" else
-        (model, models["sft"], past.beta) for name, model in models.items()}, prompt
-
-
-def check_types(past):
-    """Raise ValueError unless the options of a results.json are ones that a run can have had."""
-    for f in fields(past):
-        value = getattr(past, f.name)
-        if f.type is tuple:         # a list in JSON
-            value = tuple(value)
-            setattr(past, f.name, value)
-        if type(value) is not f.type and not (f.type is float and type(value) is int):
-            raise ValueError(f"config.{f.name}: expected {f.type.__name__}, got {value!r:.60}")
-    past.check(past.methods)
+        (model, models["sft"], past.beta) for name, model in models.items()}, results.get(
+            "prompt_looked_like")
 
 
 def use_run(config, device):
-    """--ask, --score and --export. Under torchrun the first process does it."""
+    """--ask, --score and --export: first all that may be refused. Under torchrun the first process
+    does it."""
     if under_torchrun() and os.environ.get("RANK") != "0":
         return
     refuse_inside("score", config.score, config.out)
-    # Refused before anything else.
     pairs = load_pairs(config.score, skip_bad=config.skip_bad) if config.score else None
     past, tokenizer, models, prompt = load_run(config, device)
     exported = {name: model for name, (model, _, _) in models.items()}
@@ -101,10 +85,8 @@ def use_run(config, device):
 
 def ask(config, past, tokenizer, models, prompt):
     """Three answers of every model to one prompt; with --tokens psi of each token as well."""
-    try:
-        config.ask.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError("--ask: expected text in UTF-8, got other bytes") from None
+    if re.search("[\ud800-\udfff]", config.ask):
+        raise UserError("--ask: expected text in UTF-8, got other bytes")
     ids, room = tokenizer.encode_ordinary(config.ask), past.block_size - 1
     if not 0 < len(ids) <= room:
         raise UserError(f"--ask: expected a prompt of 1 to {room} tokens, got {len(ids)}")
@@ -118,18 +100,19 @@ def ask(config, past, tokenizer, models, prompt):
                            {name: model for name, (model, _, _) in models.items()}, tokenizer, past,
                            config.seed)
     for name, responses in answers.items() if config.tokens else ():
-        psi = implicit_psi(*models["teacher"], ids, responses[0])
+        row, (teacher, teacher_ref, beta) = data.Example(ids, responses[0]), models["teacher"]
+        values = state_values("implicit", teacher, teacher_ref, [row], beta, 1)
+        psi = action_psi(values, [row], 1.0, "value")[0, len(ids) - 1:].tolist()
+        words = [printable(spoken([token], tokenizer).strip()) or "\u2423"
+                 for token in row.response]
         print(f"\npsi of the first answer of {name}, implicit value of the teacher "
               f"(sum {sum(psi):+.2f}):")
-        print("  " + " ".join(f"{printable(spoken([token], tokenizer).strip()) or SPACE}[{x:+.2f}]"
-                              for token, x in zip(responses[0], psi)))
+        print("  " + " ".join(f"{word}[{x:+.2f}]" for word, x in zip(words, psi)))
 
 
 def show_answers(prompts, ids, models, tokenizer, config, seed):
     """One sampled answer of every model to each prompt, with its true reward on the toy task.
-
-    prompts: text, equal ones next to each other; ids: the same prompts as ids.
-    """
+    prompts: text, equal ones next to each other; ids: the same prompts as ids."""
     answers = {name: sample(model, ids, tokenizer.eot_token, config.max_new_tokens, seed)
                for name, model in models.items()}
     for prompt in dict.fromkeys(prompts):
@@ -143,45 +126,36 @@ def show_answers(prompts, ids, models, tokenizer, config, seed):
     return answers
 
 
-@torch.no_grad()
-def implicit_psi(teacher, teacher_ref, beta, prompt, response):
-    """psi of every token of a response with `implicit` values: the teacher's log-ratios * beta."""
-    tokens, mask = data.collate([data.Example(prompt, response)], device_of(teacher))
-    logps, ref_logps = (response_logps(m, tokens, mask)[mask] for m in (teacher, teacher_ref))
-    return (beta * (logps - ref_logps)).tolist()
-
-
 def score_pairs(pairs, config, past, tokenizer, models):
     """scores.jsonl in --out: the pairs of --score in the layout of --data, with what models say.
-
     Each line has the pair, "margins" and "logps" (of chosen and rejected) of every model and the
     teacher's implicit values as "chosen_value" and "rejected_value". Pairs that do not fit the
-    context are left out, and named.
-    """
+    context are left out, and named."""
     fitting, ids, cut = data.encode(counted(pairs, "tokenised"), tokenizer, past.block_size)
-    number = {id(pair): i for i, pair in enumerate(pairs)}
     if not fitting:
         raise UserError(f"--score: expected a pair that fits in {past.block_size} tokens in "
                         f"{config.score}, got none")
-    left_out = sorted(set(number.values()) - {number[id(pair)] for pair in fitting})
-    which = f": pairs {', '.join(map(str, left_out[:20]))}{', ...' * (len(left_out) > 20)}"
+    fits = set(map(id, fitting))
+    left_out = [str(i) for i, pair in enumerate(pairs) if id(pair) not in fits]
+    which = f": pairs {', '.join(left_out[:20])}{', ...' * (len(left_out) > 20)}" * bool(left_out)
     print(f"{len(pairs)} pairs, counted from 0; {cut} with the prompt cut from the left, "
           f"{len(left_out)} left out because a response does not fit in {past.block_size} tokens"
-          f"{which if left_out else ''}")
-    lines = [{"pair": number[id(text)], "prompt": text.prompt, "chosen": text.chosen,
-              "rejected": text.rejected, "margins": {}, "logps": {}} for text in fitting]
+          f"{which}")
+    lines = [{"pair": i, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected,
+              "margins": {}, "logps": {}} for i, pair in enumerate(pairs) if id(pair) in fits]
     for name, (model, ref, beta) in models.items():
         policy, reference = (all_pair_logps(m, ids, past.batch_size) for m in (model, ref))
-        margins = reward_margins(*policy, *reference, beta)
-        for line, margin, chosen, rejected in zip(lines, margins.tolist(), *policy.tolist()):
+        ratios = policy - reference                                                 # (2, pairs)
+        margins = beta * (ratios[0] - ratios[1])
+        for line, margin, logps, values in zip(lines, margins.tolist(), policy.T.tolist(),
+                                               (beta * ratios).T.tolist()):
             line["margins"][name] = margin
-            line["logps"][name] = {"chosen": chosen, "rejected": rejected}
-        if name == "teacher":
-            for line, chosen, rejected in zip(lines, *(beta * (policy - reference)).tolist()):
-                line["chosen_value"], line["rejected_value"] = chosen, rejected
+            line["logps"][name] = dict(zip(("chosen", "rejected"), logps))
+            if name == "teacher":
+                line["chosen_value"], line["rejected_value"] = values
         print(f"  {name:<20} mean margin {margins.mean().item():+.3f}, "
               f"accuracy {is_correct(margins).mean().item():.3f}, n = {len(ids)}")
-    path, held = Path(config.out) / "scores.jsonl", lock(Path(config.out))      # no run may go on
-    write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    held.close()
+    path = Path(config.out) / "scores.jsonl"
+    with lock(path.parent):                                     # no run may go on meanwhile
+        write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     print(f"scores in {printable(path)}")

@@ -6,66 +6,46 @@ import hashlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The modules that make weights, values and numbers, and what they import outside of harness/:
-# edits to them count.
+# The modules that make weights, values and numbers. What they import from beside them counts, too.
 SOURCES = ("tvkd", "model", "data", "train", "harness.steps", "harness.sampling",
-           "harness.evaluate", "harness.numbers", "harness.psi", "harness.tokenizers")
+           "harness.evaluate", "harness.psi", "harness.tokenizers")
 OUTSIDE = "code outside of definitions"         # as torch.set_default_dtype(...): it reaches all
 
 
 @functools.cache
 def definitions():
-    """Name -> (SHA-256, names that it reads) of every definition in SOURCES.
-
-    Comments, docstrings and line breaks do not count. Read once: later edits are not imported.
-    """
+    """Name -> (SHA-256, names that it reads) of every definition in SOURCES. Comments, docstrings
+    and line breaks do not count. Read once: later edits are not imported."""
     texts, reads, sources = {}, {}, list(SOURCES)
     for source in sources:                      # it grows
-        for node in ast.parse(path_of(source).read_text(encoding="utf-8")).body:
-            for name, text, read in described(node):
-                texts.setdefault(name, set()).add(text)     # one name may stand in two modules
-                reads.setdefault(name, set()).update(read)
-            for module in modules_of(node):
-                if module not in sources and path_of(module).is_file():
-                    sources.append(module)
+        path = ROOT / f"{source.replace('.', '/')}.py"
+        tree = ast.parse(path.read_text(encoding="utf-8") if path.is_file() else "")
+        for name, text, read in (found for node in tree.body for found in described(node)):
+            texts.setdefault(name, set()).add(text)         # one name may stand in two modules
+            reads.setdefault(name, set()).update(read)
+        imports = {getattr(node, "module", alias.name) or "" for node in tree.body
+                   if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+        sources += [x for x in sorted(imports) if x not in sources and x.split(".")[0] != "harness"]
     return {name: (hashlib.sha256("\n".join(sorted(texts[name])).encode()).hexdigest(), reads[name])
             for name in texts}
-
-
-def path_of(module):
-    return ROOT / f"{module.replace('.', '/')}.py"
-
-
-def modules_of(node):
-    """The modules that a statement imports, without those of harness/."""
-    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
-        [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-    return [name for name in names if name.split(".")[0] != "harness"]
 
 
 def described(node):
     """What a statement of a module defines: (name, its text without docstrings, names it reads)."""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
-        for alias in node.names:
-            yield (alias.asname or alias.name, f"{getattr(node, 'module', '')} {alias.name}",
-                   {alias.name})
-        return
-    is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    runs_the_program = isinstance(node, ast.If) and "__main__" in ast.dump(node.test)
-    if is_text or runs_the_program:             # the latter reaches all
-        return
+        return [(alias.asname or alias.name, f"{getattr(node, 'module', '')} {alias.name}",
+                 {alias.name}) for alias in node.names]
     parts = list(ast.walk(node))
     for part in parts:
-        documented = isinstance(part, (ast.FunctionDef, ast.ClassDef))
-        if documented and ast.get_docstring(part, clean=False) is not None:
-            part.body[0].value.value = ""
+        if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):     # a docstring
+            part.value.value = ""
     read = {x.id for x in parts if isinstance(x, ast.Name)}
     read |= {x.attr for x in parts if isinstance(x, ast.Attribute)}     # data.reward
-    names = [node.name] if hasattr(node, "name") else [
-        x.id for target in getattr(node, "targets", [node]) for x in ast.walk(target)
-        if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)]
-    for name in names or [OUTSIDE]:
-        yield name, ast.dump(node), read
+    stored = [x.id for target in getattr(node, "targets", [node]) for x in ast.walk(target)
+              if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)]
+    names = [node.name] if hasattr(node, "name") else stored or [OUTSIDE]
+    runs_the_program = isinstance(node, ast.If) and "__main__" in ast.dump(node.test)
+    return [] if runs_the_program else [(name, ast.dump(node), read) for name in names]
 
 
 def reached(names):

@@ -44,20 +44,20 @@ def run(argv, experiment, methods, description):
             models = experiment(config.with_steps(task), keep.seed, task, device, keep)
             if is_first():              # one process is enough for the table
                 outcome.add(task, models)
-        outcome.finish()
+        if is_first():
+            outcome.finish()
 
 
 def new_model(who, config, task, seed, device, path=None):
-    """The "teacher" or "student" before training: new weights, those of --WHO_init, or of `path`.
-    """
-    layers, heads, width, init = (getattr(config, f"{who}_{name}")
-                                  for name in ("layers", "heads", "width", "init"))
+    """The "teacher" or "student" before training: weights of `path` or --WHO_init, or new ones."""
     n_vocab, option = task.tokenizer.n_vocab, f"--{who}" if path else f"--{who}_init"
-    if path or init:
-        model = pretrained(option, path or init, n_vocab, config.block_size)
+    path = path or getattr(config, f"{who}_init")
+    if path:
+        model = pretrained(option, path, n_vocab, config.block_size)
     else:
         torch.manual_seed(seed)         # weights depend on nothing that ran before
-        model = GPT(GPTConfig(n_vocab, config.block_size, layers, heads, width))
+        sizes = (getattr(config, f"{who}_{name}") for name in ("layers", "heads", "width"))
+        model = GPT(GPTConfig(n_vocab, config.block_size, *sizes))
     model.config.bfloat16 = in_bfloat16(config.precision, device)
     print(f"{who}: {sum(p.numel() for p in model.parameters()):,} parameters")
     return model.requires_grad_(False).to(device)

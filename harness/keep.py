@@ -24,8 +24,8 @@ import torch
 
 from harness.errors import printable, UserError
 from harness.code import reached
-from harness.files import load_safely, write
-from harness.progress import Progress, ctrl_c_held
+from harness.files import load_safely, refuse_other_than_files, write
+from harness.progress import Progress
 from harness.steps import in_all, is_first, rank_and_world
 from harness.tokenizers import tokenizer_text
 from model import GPT, GPTConfig
@@ -35,7 +35,8 @@ try:
 except ImportError:             # on Windows nothing keeps two runs out of one folder
     fcntl = None
 
-WRITTEN = ("results.json", "report.html", "log.jsonl", "scores.jsonl", "seed*[0-9]")     # to --out
+WRITTEN = ("results.json*", "report.html*", "log.jsonl", "scores.jsonl*", "seed*[0-9]")  # to --out
+MARK = b"a run of TVKD, https://arxiv.org/abs/2509.16965\n"                 # in .lock
 DIGITS = 64                                                                 # of a SHA-256
 
 
@@ -56,17 +57,15 @@ def read(path):
 
 def lock(folder):
     """Hold a run's folder until this process ends, however it ends: the system frees the lock.
-
-    Raises UserError where another run holds it, and where files in the way are not a run's.
-    """
+    Raises UserError where another run holds it, and where files in the way are not a run's."""
     found = [path for name in WRITTEN for path in sorted(folder.glob(name))]
-    if found and not (folder / ".lock").is_file():
+    refuse_other_than_files(folder / ".lock", folder / "log.jsonl")
+    mark = (folder / ".lock").read_bytes() if (folder / ".lock").exists() else b""
+    if (found or mark) and mark != MARK:            # other programs write a .lock, too
         raise UserError(f"--out: expected a new folder or that of a run, got {folder} with "
-                        f"{found[0].name} and without the .lock of a run; choose another --out")
-    for path in (folder / ".lock", folder / "log.jsonl"):
-        if os.path.lexists(path) and not path.is_file():        # opening a pipe would hang
-            raise UserError(f"{path}: expected a file as a run wrote it")
-    file = open(folder / ".lock", "a", encoding="utf-8")
+                        f"{(*found, folder / '.lock')[0].name} and without the .lock of a run; "
+                        "choose another --out")
+    file = open(folder / ".lock", "ab", buffering=0)
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,25 +75,26 @@ def lock(folder):
                         ) from None
     except OSError:                     # a file system without locks
         pass
+    if not mark:
+        file.write(MARK)
     return file
 
 
-def feed(sha, value):
-    """Add all that a value consists of to a digest."""
+def digest_of(value):
+    """SHA-256 of all that a value consists of."""
+    if isinstance(value, GPT):
+        value = list(value.state_dict().values())
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        sha.update(f"{value.dtype} {tuple(value.shape)}".encode() + flat.numpy().tobytes())
-    elif isinstance(value, GPT):
-        feed(sha, list(value.state_dict().values()))
+        raw = f"{value.dtype} {tuple(value.shape)}".encode() + flat.numpy().tobytes()
     elif isinstance(value, tiktoken.Encoding):      # one that was not learned is known by its name
-        sha.update((tokenizer_text(value) if value.name == "learned" else value.name).encode())
+        raw = (tokenizer_text(value) if value.name == "learned" else value.name).encode()
     elif isinstance(value, list) and value and isinstance(value[0], (torch.Tensor, list, tuple)):
-        sha.update(f"{len(value)} parts;".encode())
-        for part in value:
-            feed(sha, part)
+        raw = " ".join(["parts:", *map(digest_of, value)]).encode()
     else:       # a Pair's values are left out: they reach a loss as psi, which is digested there
         value = value[:3] if hasattr(value, "rejected") else value
-        sha.update(f"{value!r};".encode("utf-8", "surrogatepass"))
+        raw = repr(value).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(raw).hexdigest()
 
 
 def pack(value):
@@ -118,40 +118,33 @@ def unpack(content, device):
 
 
 class Keep:
-    """See the top of this file. `seed` is set before each seed. Without `out` it keeps nothing."""
+    """See the top of this file. `seed` is set before each seed."""
 
-    def __init__(self, out, device, save_interval=30.0, quiet=False):
-        self.out, self.device, self.quiet = out and Path(out), device, quiet
-        self.save_interval, self.seed, self.digests, self.opened = save_interval, 0, {}, set()
-        self.lock = self.log_file = None
+    def __init__(self, out, device, save_interval=30.0):
+        self.out, self.device, self.save_interval = Path(out), device, save_interval
+        self.seed, self.digests, self.opened, self.lock, self.log_file = 0, {}, None, None, None
         self.common = {"torch": str(torch.__version__), "device": device.type,
                        "threads": torch.get_num_threads(), "processes": rank_and_world()[1]}
 
     def __call__(self, name, f, *args, trains=False, agree=in_all):
         """With several processes all of them read, or all of them compute; the first one writes."""
-        if not self.out:
-            return f(*args)
         self.open()
-        path, key = self.out / f"seed{self.seed}" / file_of(name), self.key(f, args)
-        partial, progress = path.with_name(f"{path.name}.partial"), None
+        path, key, lines = self.out / f"seed{self.seed}" / file_of(name), self.key(f, args), []
+        checkpoint = path.with_name(f"{path.name}.partial")
         content = self.find(path, key)
         if agree(content is not None):
-            partial.unlink(missing_ok=True)             # a kill came between
-            for line in content["log"]:
-                self.log(line)
+            checkpoint.unlink(missing_ok=True)          # a kill came between
+            self.log(*content["log"])
             if trains:
-                self.say(f"  {name}: kept in {printable(path)}")
+                print(f"  {name}: kept in {printable(path)}", flush=True)
             return unpack(content, self.device)
         if trains:
-            with ctrl_c_held() as pressed:
-                progress = Progress(name, self.seed, self.save_interval, pressed=pressed,
-                                    load=functools.partial(self.find, partial, key),
-                                    save=functools.partial(self.put, partial, key), log=self.log)
-                value = f(*args, progress=progress)
+            with Progress(name, self.seed, self, checkpoint, key) as progress:
+                value, lines = f(*args, progress=progress), progress.lines
         else:
             value = f(*args)
-        self.put(path, key, {"log": progress.lines if trains else [], **pack(value)})
-        partial.unlink(missing_ok=True)
+        self.put(path, key, {"log": lines, **pack(value)})
+        checkpoint.unlink(missing_ok=True)
         agree(True)                 # nobody goes on to read what is not yet written
         return value
 
@@ -159,20 +152,21 @@ class Keep:
     alone = functools.partialmethod(__call__, agree=bool)
 
     def open(self):
-        """Before a seed: lock the folder, remove what a kill left half written. Nothing in --out is
-        touched before, so a refused command leaves an earlier run as it was."""
+        """Before the first stage of a seed, so that a command that is refused earlier leaves a run
+        as it was: lock the folder, remove what a kill left half written."""
         folder = self.out / f"seed{self.seed}"
-        if folder in self.opened or not is_first():
+        if folder == self.opened or not is_first():
             return
-        self.opened.add(folder)
-        self.digests = {}               # the objects of the seed before may go
+        self.opened, self.digests = folder, {}          # the objects of the seed before may go
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = self.lock or lock(self.out)
             folder.mkdir(exist_ok=True)
             for path in folder.glob("*.tmp"):
                 path.unlink()
-            self.log_file = self.log_file or open(self.out / "log.jsonl", "w", encoding="utf-8")
+            if not self.log_file:
+                (self.out / "log.jsonl").unlink(missing_ok=True)        # it may be a link
+                self.log_file = open(self.out / "log.jsonl", "w", buffering=1, encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out: expected a folder that can be written, got {self.out}: "
                             f"{error.strerror}") from None
@@ -181,14 +175,9 @@ class Keep:
         for file in filter(None, (self.log_file, self.lock)):
             file.close()
 
-    def say(self, line):
-        if not self.quiet:
-            print(line, flush=True)
-
-    def log(self, line):
+    def log(self, *lines):
         if self.log_file:
-            self.log_file.write(f"{line}\n")
-            self.log_file.flush()
+            self.log_file.writelines(f"{line}\n" for line in lines)
 
     def key(self, f, args):
         """{name: plain value or digest} of all that the result depends on."""
@@ -202,20 +191,21 @@ class Keep:
         """The parts of a key for one argument, a dataclass or a model field by field."""
         if isinstance(value, (bool, int, float, str, type(None))):
             return {name: value}
-        if is_dataclass(value):
-            parts = {name: type(value).__name__}
-            for field in fields(value):
-                parts |= self.describe(f"{name}.{field.name}", getattr(value, field.name))
-            return parts
-        if id(value) not in self.digests:       # once; the object stays, so no id comes twice
-            sha = hashlib.sha256()
-            feed(sha, value)
-            self.digests[id(value)] = value, sha.hexdigest()
-        digest = self.digests[id(value)][1]
         if isinstance(value, GPT):
-            return {f"{name} is": "GPT", f"{name}.weights": digest} | self.describe(
+            return {f"{name} is": "GPT", f"{name}.weights": self.digest(value)} | self.describe(
                 name, value.config)
-        return {name: digest}
+        if not is_dataclass(value):
+            return {name: self.digest(value)}
+        parts = {name: type(value).__name__}
+        for field in fields(value):
+            parts |= self.describe(f"{name}.{field.name}", getattr(value, field.name))
+        return parts
+
+    def digest(self, value):
+        """`digest_of`, once for each object, which stays here so that no id comes twice."""
+        if id(value) not in self.digests:
+            self.digests[id(value)] = value, digest_of(value)
+        return self.digests[id(value)][1]
 
     def find(self, path, key):
         """Content of a kept file, or None where it is missing, damaged or of another key."""
@@ -224,21 +214,22 @@ class Keep:
         try:
             content = read(path)
         except (KeyError, TypeError, ValueError) as error:      # the first two: somebody wrote it
-            return self.say(f"{printable(error)}; {path.name} rebuilt")
+            print(f"{printable(error)}; {path.name} rebuilt", flush=True)
+            return None
         changed, stored = [], content["key"]
         for part in sorted(part for part in {*stored, *key} if stored.get(part) != key.get(part)):
             was, now = stored.get(part), key.get(part)
             digests = any(isinstance(x, str) and len(x) == DIGITS for x in (was, now))
-            changed.append(f"{part.removeprefix('code: ')} changed" if digests else
-                           f"{part} was {was!r}, is {now!r}")
-        if changed:
-            self.say(f"{printable(path)}: rebuilt, because {printable(', '.join(changed))}")
-        return None if changed else content
+            what = "changed" if digests else f"was {was!r}, is {now!r}"
+            changed.append(printable(f"{part.removeprefix('code: ')} {what}"))
+        if not changed:
+            return content
+        print(f"{printable(path)}: rebuilt, because {', '.join(changed)}", flush=True)
+        return None
 
     def put(self, path, key, content):
         if is_first():
             file = io.BytesIO()
             # The key as one text: pickle writes equal texts once if they are one object.
             torch.save({"key": json.dumps(key), **content}, file)
-            raw = file.getvalue()
-            write(path, raw + hashlib.sha256(raw).hexdigest().encode())
+            write(path, file.getvalue() + hashlib.sha256(file.getvalue()).hexdigest().encode())

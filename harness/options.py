@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -10,22 +11,21 @@ from harness.errors import UserError
 from model import VALUES
 
 TERMINAL_OF = {**{name: usual for name, (_, usual) in VALUES.items()}, "given": "value"}
-EPOCHS = ("teacher_sft_steps", "teacher_dpo_steps", "student_sft_steps", "steps")
-RATES = ("teacher_sft_lr", "teacher_dpo_lr", "student_sft_lr", "lr", "distill_lr")
 SFT_RATE, DPO_RATE = 5e-5, 1e-5                 # usual for weights that are trained already
 USES_A_RUN = ("ask", "score", "export")         # these train nothing
-ANY, SOME = (0, 2 ** 62), (1, 10 ** 6)          # whole numbers: least, largest
-REAL, STEPS = (1e-12, 1e6), (-100, 2 ** 62)
+NEEDS = {"skip_bad": ("data", "score"), "tokens": ("ask",), "teacher": ("teacher_init",)}
+FLAG, ANY, STEPS = (0, 1), (0, 2 ** 62), (-100, 2 ** 62)       # least, largest
+AMONG = {int: (1, 10 ** 6), float: (1e-12, 1e6)}               # where an option does not say
+GROUPS = {"data": "what to run", "ask": "use a finished run, train nothing", "alpha": "the loss",
+          "tokenizer": "data", "teacher_layers": "models", "batch_size": "training",
+          "samples": "measuring"}       # sections of --help, by their first option
 
 
-def option(default, help, with_data=None, among=SOME, group=None):
-    """A field of Config. with_data: the default beside --data; group: begins a section of --help.
-
-    among: the least and the largest number, or all texts that are allowed.
-    """
+def option(default, help, with_data=None, among=None):
+    """A field of Config. with_data: the default beside --data; among: the least and the largest
+    number, or all texts that are allowed."""
     with_data = default if with_data is None else with_data
-    return field(default=default, metadata={"help": help, "group": group, "with_data": with_data,
-                                            "among": among})
+    return field(default=default, metadata={"help": help, "with_data": with_data, "among": among})
 
 
 @dataclass(frozen=True)
@@ -41,69 +41,58 @@ class Recipe:
 
 @dataclass
 class Config:
-    data: str = option("", "file of preference pairs; empty: the toy task", group="what to run")
-    skip_bad: int = option(0, "1: leave out rows that cannot be read, and count them", None, (0, 1))
+    data: str = option("", "file of preference pairs; empty: the toy task")
+    skip_bad: int = option(0, "1: leave out rows that cannot be read, and count them", among=FLAG)
     methods: tuple = option(("bc", "kd", "dpo", "tvkd"), "methods that train the student, a row of "
                             "the table for each: any of bc, kd, dpo, tvkd, soft")
     out: str = option("out", "folder for the results and the weights of each seed", "out-data")
-    seed: int = option(0, "of everything: toy data, split, weights, batches, sampling", None, ANY)
+    seed: int = option(0, "of toy data, split, weights, batches, sampling", among=ANY)
     seeds: int = option(1, "number of full runs, with seeds seed, seed+1, ...")
-    device: str = option("auto", "cpu, cuda, mps, or auto for the best of them here", None,
-                         ("auto", "cpu", "cuda", "mps"))
-    ask: str = option("", "answer this prompt with every model of the run in --out",
-                      group="use a finished run, train nothing")
+    device: str = option("auto", "auto: the best here", among=("auto", "cpu", "cuda", "mps"))
+    ask: str = option("", "answer this prompt with every model of the run in --out")
     score: str = option("", "score the pairs of this file into scores.jsonl in --out")
     export: str = option("", "write those models into this folder, for the transformers library")
-    tokens: int = option(0, "1, with --ask: psi of each token of a first answer", None, (0, 1))
+    tokens: int = option(0, "1, with --ask: psi of each token of a first answer", among=FLAG)
     alpha: float = option(1.0, "weight of the teacher's psi in TVKD; 0 is DPO, below 0 the plus "
-                          "reading of the loss", None, (-1e6, 1e6), "the loss")
-    beta: float = option(1.0, "strength of the student's KL penalty in DPO and TVKD; larger stays "
-                         "closer to the reference", 0.1, REAL)
-    gamma: float = option(1.0, "discount in psi = gamma V(s') - V(s); below 1 the sum of psi "
-                          "depends on the length", None, (0, 1e6))
+                          "reading of the loss", None, (-1e6, 1e6))
+    beta: float = option(1.0, "KL penalty of DPO, TVKD; larger stays closer to the reference", 0.1)
+    gamma: float = option(1.0, "discount of psi; below 1 the sum depends on length", None, (0, 1e6))
     value: tuple = option(("implicit", "logits"), "teacher's value, a TVKD row each: implicit (its "
                           "log-ratios), logits (their logsumexp), given (from the rows of --data)")
     terminal: str = option("", "potential of the finished response; empty: hold for logits, else "
                            "value", None, ("zero", "hold", "value", ""))
-    teacher_beta: float = option(1.0, "of the teacher's own DPO, and so of its value", 0.1, REAL)
-    tokenizer: str = option("", "an encoding tiktoken knows, such as gpt2; empty: a vocabulary "
-                            "learned from the training text", group="data")
+    teacher_beta: float = option(1.0, "of the teacher's own DPO, and so of its value", 0.1)
+    tokenizer: str = option("", "a name that tiktoken knows, as gpt2; empty: learned from the text")
     vocab_size: int = option(512, "largest learned vocabulary, EOS included", 2048)
     block_size: int = option(64, "longest prompt + response + EOS, in tokens", 1024)
     train_pairs: int = option(3000, "that the teacher sees; 0: all that are left", 0, ANY)
     student_pairs: int = option(300, "of these that the student sees; 0: all", 0, ANY)
     val_pairs: int = option(200, "for the curves and for choosing settings", 20)
     test_pairs: int = option(500, "held-out pairs for the table", 200)
-    teacher_layers: int = option(2, "blocks of the teacher", None, (1, 1000), "models")
-    teacher_heads: int = option(8, "attention heads of the teacher", None, (1, 1000))
-    teacher_width: int = option(96, "channels of the teacher", None, (1, 10 ** 5))
-    student_layers: int = option(2, "blocks of the student", None, (1, 1000))
-    student_heads: int = option(4, "attention heads of the student", None, (1, 1000))
-    student_width: int = option(48, "channels of the student", None, (1, 10 ** 5))
-    teacher_init: str = option("", "weights the teacher starts from: a nanoGPT checkpoint, a file "
-                               "of another run, or a GPT-2 folder of the transformers library")
+    teacher_layers: int = option(2, "blocks of the teacher", among=(1, 1000))
+    teacher_heads: int = option(8, "attention heads of the teacher", among=(1, 1000))
+    teacher_width: int = option(96, "channels of the teacher", among=(1, 10 ** 5))
+    student_layers: int = option(2, "blocks of the student", among=(1, 1000))
+    student_heads: int = option(4, "attention heads of the student", among=(1, 1000))
+    student_width: int = option(48, "channels of the student", among=(1, 10 ** 5))
+    teacher_init: str = option("", "its first weights: a checkpoint, a run's file, a GPT-2 folder")
     student_init: str = option("", "the same for the student")
-    teacher: str = option("", "weights of a teacher that is DPO-trained already; its reference is "
-                          "--teacher_init, and neither of the two is trained")
-    batch_size: int = option(64, "pairs, or rows of a supervised stage, in a step", 8,
-                             group="training")
-    micro_batch: int = option(0, "of these in memory at a time, for the same gradient; 0: as it "
-                              "fits best", None, (0, 10 ** 6))
+    teacher: str = option("", "a DPO-trained one, not trained here; --teacher_init: its reference")
+    batch_size: int = option(64, "pairs, or rows of a supervised stage, in a step", 8)
+    micro_batch: int = option(0, "of these in memory at a time; 0: as fits best", among=ANY)
     precision: str = option("auto", "of the blocks' matrix products; auto: bfloat16 on CUDA, else "
                             "float32", None, ("auto", "float32", "bfloat16"))
     teacher_sft_steps: int = option(400, "of the teacher's fine-tuning; -N: N epochs", -3, STEPS)
     teacher_dpo_steps: int = option(94, "of the teacher's DPO; -N: N epochs", -2, STEPS)
     student_sft_steps: int = option(600, "of the student's fine-tuning; -N: N epochs", -3, STEPS)
-    steps: int = option(60, "of each method that trains the student; -N: N epochs", -2, STEPS)
-    teacher_sft_lr: float = option(3e-3, f"learning rate; beside --teacher_init {SFT_RATE:g}",
-                                   None, REAL)
-    teacher_dpo_lr: float = option(3e-4, f"same; beside --teacher_init {DPO_RATE:g}", 1e-4, REAL)
-    student_sft_lr: float = option(5e-3, f"same; beside --student_init {SFT_RATE:g}", None, REAL)
-    lr: float = option(3e-4, f"in dpo, tvkd, soft; beside --student_init {DPO_RATE:g}", 1e-4, REAL)
-    distill_lr: float = option(1e-2, f"in bc, kd; beside --student_init {SFT_RATE:g}", 1e-3, REAL)
+    steps: int = option(60, "of each method that trains the student; -N: N epochs", -1, STEPS)
+    teacher_sft_lr: float = option(3e-3, f"learning rate; beside --teacher_init {SFT_RATE:g}")
+    teacher_dpo_lr: float = option(3e-4, f"same; beside --teacher_init {DPO_RATE:g}", 1e-4)
+    student_sft_lr: float = option(5e-3, f"same; beside --student_init {SFT_RATE:g}")
+    lr: float = option(3e-4, f"in dpo, tvkd, soft; beside --student_init {DPO_RATE:g}", 1e-4)
+    distill_lr: float = option(1e-2, f"in bc, kd; beside --student_init {SFT_RATE:g}", 1e-3)
     save_interval: float = option(30.0, "seconds between checkpoints of a stage", None, (0, 1e6))
-    samples: int = option(4, "sampled responses per held-out prompt, at temperature 1", 1,
-                          (1, 10 ** 4), "measuring")
+    samples: int = option(4, "sampled responses per held-out prompt", 1, (1, 10 ** 4))
     max_new_tokens: int = option(48, "longest sampled response, in tokens", 128)
     log_interval: int = option(20, "steps between two lines of the log", 10)
     eval_interval: int = option(30, "steps between two evaluations on the validation prompts")
@@ -115,14 +104,15 @@ class Config:
 
     def with_steps(self, task):
         """The same with every -N steps as N epochs of the rows or pairs of a Task, and told."""
-        pairs = len(task.ids.train)
-        sizes = dict(zip(EPOCHS, (len(task.ids.sft), pairs, len(task.ids.sft),
-                                  min(pairs, self.student_pairs or pairs))))
-        steps = {name: math.ceil(-getattr(self, name) * size / self.batch_size)
+        rows, pairs = len(task.ids.sft), len(task.ids.train)
+        sizes = {"teacher_sft_steps": rows, "teacher_dpo_steps": pairs, "student_sft_steps": rows,
+                 "steps": min(pairs, self.student_pairs or pairs)}
+        steps = {name: -getattr(self, name) * math.ceil(size / self.batch_size)
                  for name, size in sizes.items() if getattr(self, name) < 0}
         if steps:
-            chosen = steps | {name: f"{getattr(self, name):g}" for name in RATES}
-            print("  " + " ".join(f"--{name}={x}" for name, x in chosen.items()))
+            rates = [f"{f.name}={getattr(self, f.name):g}" for f in fields(self)
+                     if f.name.endswith("lr")]
+            print("  --" + " --".join([*(f"{name}={n}" for name, n in steps.items()), *rates]))
         return replace(self, **steps)
 
     def terminal_of(self, kind):
@@ -139,12 +129,12 @@ class Config:
     def check(self, methods):
         """Raise UserError naming the first option whose value cannot work."""
         for f in fields(self):
-            value, among = getattr(self, f.name), f.metadata["among"]
-            if f.type in (int, float):
+            value, among = getattr(self, f.name), f.metadata["among"] or AMONG.get(f.type)
+            if f.type in AMONG:
                 least, most = (f"{x:g}" if f.type is float else x for x in among)
                 expected = f"at least {least}" if among[1] == 2 ** 62 else f"{least} to {most}"
                 self.expect(f.name, among[0] <= value <= among[1], expected)
-            elif isinstance(among[0], str):
+            elif among:
                 self.expect(f.name, value in among, f"one of {', '.join(filter(None, among))}")
         for name, known in (("methods", methods), ("value", TERMINAL_OF)):
             chosen = getattr(self, name)
@@ -157,8 +147,6 @@ class Config:
         for name in ("teacher_dpo_steps", "steps"):
             self.expect(name, getattr(self, name), "at least 1, or -N for N epochs")
         self.expect("train_pairs", self.train_pairs or self.data, "at least 1 on the toy task")
-        self.expect("teacher", not self.teacher or self.teacher_init,
-                    "its reference beside it, --teacher_init")
         for who in ("teacher", "student"):
             heads = getattr(self, f"{who}_heads")
             self.expect(f"{who}_width", getattr(self, f"{who}_width") % heads == 0,
@@ -170,10 +158,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; try --help")
 
 
-def names(text):
-    return tuple(text.split(","))
-
-
 def parse_args(argv, methods, description=None):
     """Command line -> Config. Defaults may differ beside --data. methods: the table of train.py."""
     parser = Parser(allow_abbrev=False, description=description,
@@ -181,15 +165,18 @@ def parse_args(argv, methods, description=None):
     for f in fields(Config):
         default, with_data = (",".join(d) if f.type is tuple else d
                               for d in (f.default, f.metadata["with_data"]))
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
-        defaults = f"default: {default}" if default != "" else "default: empty"
-        if with_data != default:
-            defaults += f", with --data: {with_data}"
-        group.add_argument(f"--{f.name}", type=names if f.type is tuple else f.type,
-                           default=argparse.SUPPRESS, metavar=f.name.upper(),
-                           help=f"{f.metadata['help']} ({defaults})")
-    given = vars(parser.parse_args(argv))
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        beside = f", with --data: {with_data}" if with_data != default else ""
+        group.add_argument(
+            f"--{f.name}", type=str if f.type is tuple else f.type, metavar=f.name.upper(),
+            default=argparse.SUPPRESS, help=f"{f.metadata['help']} "
+            f"(default: {'empty' if default == '' else default}{beside})")
+    for argument in sys.argv[1:] if argv is None else argv:
+        if argument.endswith("=--"):                    # argparse makes an empty list of it
+            parser.error(f"{argument[:-3]}: expected a value, got --")
+    given = {name: tuple(x.split(",")) if name in ("methods", "value") else x
+             for name, x in vars(parser.parse_args(argv)).items()}
     for name in ("data", "out", "teacher", "teacher_init", "student_init", *USES_A_RUN):
         if given.get(name) == "":                       # an unset shell variable, most likely
             parser.error(f"--{name}: expected a value, got an empty one")
@@ -198,10 +185,9 @@ def parse_args(argv, methods, description=None):
     if unused and uses:
         parser.error(f"--{min(unused)}: expected only --out, --seed, --device and --tokens beside "
                      f"--{uses[0]}")
-    if "skip_bad" in given and not {"data", "score"} & set(given):
-        parser.error("--skip_bad: expected --data or --score beside it")
-    if "tokens" in given and "ask" not in given:
-        parser.error("--tokens: expected --ask beside it")
+    for name, others in NEEDS.items():
+        if name in given and not set(others) & set(given):
+            parser.error(f"--{name}: expected --{' or --'.join(others)} beside it")
     for name in sorted(given):
         who, _, size = name.partition("_")
         if size in ("layers", "heads", "width") and f"{who}_init" in given:
@@ -221,11 +207,10 @@ def parse_args(argv, methods, description=None):
 
 
 def pick_device(name):
+    usable = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else \
-            "mps" if torch.backends.mps.is_available() else "cpu"
-    elif (name == "cuda" and not torch.cuda.is_available()
-          or name == "mps" and not torch.backends.mps.is_available()):
+        name = next((x for x in usable if usable[x]()), "cpu")
+    elif name != "cpu" and not usable[name]():
         raise UserError(f"--device: expected one this machine has, got {name}")
     return torch.device(name)
 

@@ -215,9 +215,10 @@ def split_pairs(pairs, train, val, test, seed):
     `test`, `val` pairs, or a few more so that a prompt stays whole; then `train` (0: all left).
     """
     by_prompt = {}
-    for pair in pairs:
-        prompt = " ".join(unicodedata.normalize("NFKC", pair.prompt).casefold().split())
-        by_prompt.setdefault(prompt, []).append(pair)
+    for pair in pairs:      # longer words as they are: a million combining marks would take minutes
+        words = (unicodedata.normalize("NFKC", word).casefold() if len(word) < 20_000 else word
+                 for word in pair.prompt.split())
+        by_prompt.setdefault(" ".join(" ".join(words).split()), []).append(pair)
     prompts, tests, vals, rest = list(by_prompt), [], [], []
     for i in np.random.default_rng(seed).permutation(len(prompts)):
         part = tests if len(tests) < test else vals if len(vals) < val else rest

@@ -8,39 +8,44 @@ import math
 import signal
 import sys
 import time
-from contextlib import contextmanager
 
 from harness.steps import in_all, is_first
 
 
 class Progress:
-    """The default prints. The one that harness/keep.py hands out writes log and checkpoints, too.
+    """Prints. With a Keep it also logs, and holds a checkpoint in the file `path`, under `key`.
+    Inside a with-block the first Ctrl-C waits for the step's end and its checkpoint; a second one
+    does what it did before the block."""
 
-    load() -> a checkpoint or None, save(checkpoint): where one goes every `save_interval` seconds
-    and at Ctrl-C; log: takes a line of log.jsonl; pressed: fills at Ctrl-C.
-    """
-
-    def __init__(self, stage="", seed=0, save_interval=30.0, load=None, save=None, log=None,
-                 pressed=()):
-        self.stage, self.seed, self.save_interval = stage, seed, save_interval
-        self.load, self.save, self.log, self.pressed = load, save, log, pressed
+    def __init__(self, stage="", seed=0, keep=None, path=None, key=None):
+        self.stage, self.seed, self.keep, self.path, self.key = stage, seed, keep, path, key
         self.lines, self.first_step, self.tokens, self.seconds = [], 1, 0, 0.0
-        self.resumed = self.saved = time.perf_counter()
+        self.resumed, self.saved, self.pressed = time.perf_counter(), time.perf_counter(), False
+
+    def __enter__(self):
+        self.at_ctrl_c = signal.getsignal(signal.SIGINT)
+        if self.at_ctrl_c != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self.press)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.at_ctrl_c)
+
+    def press(self, *_):
+        self.pressed = True
+        signal.signal(signal.SIGINT, self.at_ctrl_c)
+        print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def begin(self, model, optimizer, recipe, validate):
-        """Before the first step -> how many steps an interrupted stage has behind it.
-
-        recipe: steps, log_interval, eval_interval; validate(model) -> metrics, or None.
-        """
+        """Before the first step -> how many steps an interrupted stage has behind it."""
         self.model, self.optimizer, self.recipe, self.validate = model, optimizer, recipe, validate
-        state = self.load and self.load()
+        state = self.keep and self.keep.find(self.path, self.key)
         if not state:
             return 0
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         print(f"  {self.stage}: resumed at step {state['step']}")
-        for line in state["log"]:
-            self.write(line)
+        self.write(*state["log"])
         self.first_step = state["step"] + 1
         return state["step"]
 
@@ -53,64 +58,40 @@ class Progress:
             raise FloatingPointError(f"{self.stage}: loss {mean}, gradient norm {norm} at step "
                                      f"{step}; expected finite numbers, try {hint}")
 
-    def write(self, line):
-        self.lines.append(line)
-        if self.log:
-            self.log(line)
+    def write(self, *lines):
+        self.lines += lines
+        if self.keep:
+            self.keep.log(*lines)
 
     def after(self, step, total):
         """One step is done. total: the sums of the loss over its batch, "n" and "tokens" too."""
         recipe, steps = self.recipe, self.recipe.steps
         self.tokens += total["tokens"]
-        validate_now = (self.validate is not None and is_first()        # one process is enough
+        validate_now = (self.validate and is_first()                    # one process is enough
                         and (step == steps or step % recipe.eval_interval == 0))
         if validate_now or step in (1, steps) or step % recipe.log_interval == 0:
             self.seconds += time.perf_counter() - self.resumed      # training without validation
             metrics = {name: x / total["n"] for name, x in total.items()
                        if name not in ("n", "tokens")}
             metrics |= self.validate(self.model) if validate_now else {}
-            line = {"seed": self.seed, "stage": self.stage, "step": step, **metrics}
-            self.write(json.dumps(line))
+            self.write(json.dumps({"seed": self.seed, "stage": self.stage, "step": step,
+                                   **metrics}))
             self.show(step, steps, metrics)
             self.resumed = time.perf_counter()
-        if self.save:
+        if self.keep:
             stop = not in_all(not self.pressed)         # Ctrl-C in one process stops all of them
-            due = time.perf_counter() - self.saved >= self.save_interval
+            due = time.perf_counter() - self.saved >= self.keep.save_interval
             if stop or due and step < steps:
-                self.save({"model": self.model.state_dict(), "step": step, "log": self.lines,
-                           "optimizer": self.optimizer.state_dict()})
+                self.keep.put(self.path, self.key, {
+                    "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                    "step": step, "log": self.lines})
                 self.saved = time.perf_counter()
             if stop:
                 raise KeyboardInterrupt
 
     def show(self, step, steps, metrics):
-        numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()
-                            if value is not None)
-        done = step - self.first_step + 1
+        numbers = "  ".join(f"{name} {x:.3f}" for name, x in metrics.items() if x is not None)
+        done, rate = step - self.first_step + 1, self.tokens / self.seconds
         # The first steps are slow (memory, caches), so the time left is not known yet.
         left = f"  {self.seconds / done * (steps - step):.0f} s left" if done >= 5 else ""
-        rate = self.tokens / self.seconds
         print(f"  {self.stage} {step}/{steps}  {numbers}  {rate:,.0f} tokens/s{left}", flush=True)
-
-
-@contextmanager
-def ctrl_c_held():
-    """Inside the block the first Ctrl-C only fills the yielded list; a second one interrupts.
-
-    So the caller can finish a step and save it. A process that ignores Ctrl-C keeps ignoring it.
-    """
-    pressed = []
-
-    def press(*_):
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-        print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-
-    before = signal.getsignal(signal.SIGINT)
-    if before != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

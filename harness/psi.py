@@ -15,20 +15,19 @@ def psi_of_pairs(kind, terminal, gamma, teacher, teacher_ref, beta, held_out):
     values = state_values(kind, teacher, teacher_ref, rows, beta, held_out.batch_size)
     psi = action_psi(values, rows, gamma, terminal)
     for i, text in enumerate(held_out.texts[:SHOWN]):
-        shown.append({"seed": held_out.seed, "value": kind, "terminal": terminal,
-                      "prompt": text.prompt})
+        pair = {"seed": held_out.seed, "value": kind, "terminal": terminal, "prompt": text.prompt}
         for name, j in (("chosen", i), ("rejected", i + len(rows) // 2)):
             response, first = getattr(text, name), len(rows[j].prompt) - 1          # s_p
             end = first + len(rows[j].response)                                     # s_end
             V = values[j][first:end + 1].tolist()
             last = {"zero": 0.0, "hold": V[-2], "value": V[-1]}[terminal]
             tokens = [text_of([token], held_out.tokenizer) for token in rows[j].response]
-            side = {"tokens": tokens, "psi": psi[j][first:end].tolist(), "phi": [*V[:-1], last],
-                    "kinds": [*[""] * (len(tokens) - 1), "EOS"]}
+            pair[name] = {"tokens": tokens, "psi": psi[j][first:end].tolist(),
+                          "phi": [*V[:-1], last], "kinds": [""] * (len(tokens) - 1) + ["EOS"]}
             if held_out.toy:
-                side |= {"kinds": token_kinds(text.prompt, response, tokens),
-                         "reward": data.reward(text.prompt, response)}
-            shown[i][name] = side
+                pair[name] |= {"kinds": token_kinds(text.prompt, response, tokens),
+                               "reward": data.reward(text.prompt, response)}
+        shown.append(pair)
     return shown
 
 

@@ -53,23 +53,21 @@ def pairs_html(pairs):
     sides = [pair[name] for pair in pairs for name in SIDES]
     largest = max(abs(psi) for side in sides for psi in side["psi"]) or 1.0
     moved = [phi - side["phi"][0] for side in sides for phi in side["phi"]]
-    low, high = min(moved), max(moved)              # 0, the start of every line, lies between them
+    height = scale(min(moved), max(moved), 34, 2)   # 0, the start of every line, lies between them
     marks = "" if "reward" not in sides[0] else " Marked by the true reward: " + ", ".join(
         f'<span class="{kind}"><span>{kind}</span></span>'
         for kind in ("right", "wrong", "polite", "rude"))
     parts = [
         f"<h3>{escape(printable(pairs[0]['value']))}/{pairs[0]['terminal']}</h3>"
         f'<p>Full colour: psi = <span class="less" style="--a:.75">{-largest:.2f}</span> or <span '
-        f'class="more" style="--a:.75">{largest:+.2f}</span>. Line: from {low:.2f} to {high:+.2f}; '
-        f"dashes: 0.{marks}</p>"]
+        f'class="more" style="--a:.75">{largest:+.2f}</span>. Line: from {min(moved):.2f} to '
+        f"{max(moved):+.2f}; dashes: 0.{marks}</p>"]
     for number, pair in enumerate(pairs, 1):
         difference = sum(pair["chosen"]["psi"]) - sum(pair["rejected"]["psi"])
-        responses = "".join(response_html(name, pair[name], largest, scale(low, high, 34, 2))
-                            for name in SIDES)
         parts.append(
-            f'<article><p class="prompt"><b>{number}.</b> {escape(pair["prompt"])}</p>'
-            f'<div class="sides">{responses}</div><p class="sum">sum of psi, chosen - rejected: '
-            f"<b>{difference:+.3f}</b></p></article>")
+            f'<article><p class="prompt"><b>{number}.</b> {escape(pair["prompt"])}</p><div class='
+            f'"sides">{"".join(response_html(x, pair[x], largest, height) for x in SIDES)}</div>'
+            f'<p class="sum">sum of psi, chosen - rejected: <b>{difference:+.3f}</b></p></article>')
     return "".join(parts)
 
 
@@ -91,7 +89,7 @@ def chart(key, lines, colour):
 
 def charts_html(log):
     """The lines of log.jsonl, drawn: a line for each stage and seed."""
-    found, colour = {}, {}
+    found, colour = {key: {} for key in CHARTS}, {}
     for line in log:
         numbers = {**line, f"loss per {'pair' if 'margin' in line else 'token'}": line["loss"]}
         colour.setdefault(line["stage"], COLOURS[len(colour) % len(COLOURS)])
@@ -100,16 +98,16 @@ def charts_html(log):
                         for name in SIDES}
         for key in CHARTS:
             if numbers.get(key) is not None:
-                lines = found.setdefault(key, {}).setdefault((line["stage"], line["seed"]), [])
-                lines.append((line["step"], numbers[key]))
-    return "".join(chart(key, found[key], colour) for key in CHARTS if key in found)
+                points = found[key].setdefault((line["stage"], line["seed"]), [])
+                points.append((line["step"], numbers[key]))
+    return "".join(chart(key, lines, colour) for key, lines in found.items() if lines)
 
 
 def page(config, rows, shown, log):
     """The page as text. rows: of the table; shown: what `psi_of_pairs` gave for each value."""
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     options = " ".join(f"--{name}={printable(x)}" for name, x in vars(config).items())
-    shown = [pairs for pairs in shown if pairs[0]["seed"] == rows[0].seed]     # of the first seed
+    shown = [pairs for pairs in shown if pairs[0]["seed"] == rows[0]["seed"]]   # of the first seed
     pairs = "".join(map(pairs_html, shown)) or "<p>None: no method read every state's value.</p>"
     table = "".join(f"<tr><td>{'</td><td>'.join(map(escape, line))}</td></tr>"
                     for line in cells(rows))
@@ -120,15 +118,15 @@ content="default-src 'none'; form-action 'none'; base-uri 'none'; style-src 'uns
 <title>TVKD: what the teacher values</title><style>{css}</style>
 <h1>TVKD: what the teacher values</h1>
 <details><summary>The options of this run</summary>{escape(options)}</details>
-<p>psi_t = gamma Phi(s_t+1) - Phi(s_t), where the potential Phi is V, the teacher's value of the
-text so far, except perhaps in the last state. <span class="more" style="--a:.5">Blue</span>: after
+<p>psi_t = gamma Phi(s_t+1) - Phi(s_t). Phi is V, the teacher's value of the text so far, except
+perhaps in the last state. <span class="more" style="--a:.5">Blue</span>: after
 this token the teacher values the answer more; <span class="less" style="--a:.5">orange</span>:
 less. The line below the text is Phi, counted from the end of the prompt; with gamma = 1 its step
 across a token is that token's psi, and the sum is Phi of the finished answer less V of the prompt.
 Of all this TVKD reads one number per pair, the difference of the two sums: its loss is
 -log sigmoid(the student's margin - alpha times that difference). Hover over a token, or tap it, for
 its numbers.</p>
-<h2>Held-out pairs of seed {rows[0].seed}</h2>{pairs}
+<h2>Held-out pairs of seed {rows[0]["seed"]}</h2>{pairs}
 <h2>Comparison</h2><div class="wide"><table>{table}</table></div><p>{footnote(rows)}</p>
 <h2>Training curves</h2><p>By step, a line for each seed; on the batch, val_ on validation prompts.
 Losses, log-ratios (policy - reference) and KL are in nats; DPO's loss starts at ln 2 = 0.69; the

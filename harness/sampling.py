@@ -6,6 +6,7 @@ tests hold it against GPT.generate token by token.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,41 +16,31 @@ from harness.steps import two_at_once
 from model import device_of, draw
 
 
-def sample(model, prompts, eos, max_new_tokens, seed, temperature=1.0):
+def sample(model, prompts, eos, max_new_tokens, seed):
     """One response to each prompt of ids -> ids, with EOS where one ended."""
     config = model.config
     # As many rows as have keys and values of 1/2 GiB, for two threads at once; at most 1,024.
     floats = 2 * config.n_layer * config.block_size * config.n_embd
     at_once = max(1, min(1024, 2 ** 27 // floats, math.ceil(len(prompts) / 2)))
     groups = [(start, prompts[start:start + at_once]) for start in range(0, len(prompts), at_once)]
-    answers = two_at_once(sample_group, groups, device_of(model), model, eos, max_new_tokens, seed,
-                          temperature)
-    return sum(answers, [])
+    answer = partial(sample_group, model, eos, max_new_tokens, seed)
+    return sum(two_at_once(answer, groups, device_of(model)), [])
 
 
-def sample_group(model, eos, max_new_tokens, seed, temperature, group):
+def sample_group(model, eos, max_new_tokens, seed, group):
     """`sample` for some of the prompts: group is (the first one's index, prompts)."""
     start, prompts = group
     # A generator of its own, so sampling never moves the order of training batches, and threads
     # that sample at the same time do not take each other's numbers.
     generator = torch.Generator(device_of(model)).manual_seed(seed + start)
-    responses = generate(model, prompts, max_new_tokens, eos, temperature, generator)
-    full = [len(prompt) + len(ids) >= model.config.block_size or len(ids) == max_new_tokens
-            for prompt, ids in zip(prompts, responses)]
-    return [ids if is_full else ids + [eos] for ids, is_full in zip(responses, full)]
+    return generate(model, prompts, max_new_tokens, eos, 1.0, generator)
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=None):
-    """One response to each prompt, of any lengths -> lists of ids, each up to and without EOS.
-
-    Raises ValueError for an empty prompt and for one that leaves no room in the context.
-    """
+    """One response to each prompt, all of 1 to block_size - 1 tokens -> lists of ids, with EOS
+    where one was drawn."""
     S, device, config = model.config.block_size, device_of(model), model.config
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < S:
-            raise ValueError(f"prompts[{i}]: expected 1 to {S - 1} tokens (block_size={S}), "
-                             f"got {len(prompt)}")
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], True).to(device)    # (B, T)
     columns = min(S, tokens.shape[1] + max_new_tokens)
@@ -66,11 +57,10 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
         width = min(columns, tokens.shape[1] if step == 0 else int(lengths.max()) + step)
         logits = next_logits(model, tokens, last, positions, [c[:, :, :, :width] for c in caches])
         drawn = draw(logits, temperature, generator)                                        # (B,)
-        running &= drawn != eos
         for response, token, keep in zip(open_rows, drawn.tolist(), running.tolist()):
             if keep:
                 response.append(token)
-        running &= lengths + step < S - 1                       # after this one the row is full
+        running &= (drawn != eos) & (lengths + step < S - 1)    # after this one the row is full
         if 2 * int(running.sum()) <= len(running):              # half have ended: drop them
             open_rows = [row for row, keep in zip(open_rows, running.tolist()) if keep]
             caches = [cache[:, running] for cache in caches]
@@ -85,10 +75,8 @@ def generate(model, prompts, max_new_tokens, eos, temperature=1.0, generator=Non
 
 def next_logits(model, tokens, last, positions, caches):
     """GPT.forward with caches: tokens and positions (B, T), last (B, T) bool, one True a row.
-
     caches: keys and values of each block, (2, B, H, width, D); those of `tokens` are written into
-    them. Returns the logits of the states `last`, (B, V).
-    """
+    them. Returns the logits of the states `last`, (B, V)."""
     parts = model.transformer
     rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)                     # (B, 1)
     columns = torch.arange(caches[0].shape[3], device=tokens.device)

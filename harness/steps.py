@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -16,26 +17,22 @@ import torch.distributed as dist
 from harness.errors import UserError
 from model import device_of
 
-# --------------------------------------------------------------------------------------------------
-# The gradient
+# --- the gradient ---------------------------------------------------------------------------------
 
 TOKENS = 1500           # that a model reads at a time: more run no faster
 
 
 def gradient(model, loss, ids, micro_batch=0):
     """Fill .grad with the gradient of the mean loss over the batch -> the sums of the loss over it.
-
     loss, ids: as train.py describes them; micro_batch: how many indices may be in memory at a time,
-    0: as fits best. The loss gives sums and we divide once by "n", because the parts are of unequal
-    size: the mean of their means would be another number.
-    """
+    0: as fits best. We divide once by "n": parts are of unequal size, so a mean of means would be
+    wrong."""
     rank, world = rank_and_world()
     share = ids[rank::world]
     weight = float(len(share) > 0)      # a process without data computes one index for nothing
-    for parameter in model.parameters():
-        parameter.grad = None           # its memory serves the new one
+    model.zero_grad()                   # its memory serves the new one
     shares = cut(loss.lengths, share or ids[:1], micro_batch, torch.get_num_threads())
-    done = two_at_once(add_up, shares, device_of(model), model, loss, weight)
+    done = two_at_once(partial(add_up, model, loss, weight), shares, device_of(model))
     names, (values, *gradients) = done[0][0], [sum(x[1:], x[0]) for x in zip(*(x[1] for x in done))]
     if world > 1:
         values = values.to(device_of(model))
@@ -63,11 +60,9 @@ def add_up(model, loss, weight, parts):
 
 
 def cut(lengths, ids, micro_batch, threads):
-    """A batch -> for each of at most two threads the parts it takes, lists of indices.
-
-    lengths[i]: tokens of each row that index i reads. Sorted by length, the batch falls into two
-    halves of about as many tokens, the short rows in one, and each into parts of like length.
-    """
+    """A batch -> for each of at most two threads the parts it takes, lists of indices. lengths[i]:
+    tokens of each row that index i reads. Sorted by length, the batch falls into two halves of
+    about as many tokens, the short rows in one, and each into parts of like length."""
     order = sorted(ids, key=lambda i: sum(lengths[i]))
     tokens = list(accumulate(sum(lengths[i]) for i in order))
     first = sum(2 * so_far <= tokens[-1] for so_far in tokens)
@@ -78,20 +73,18 @@ def cut(lengths, ids, micro_batch, threads):
 
 
 def parts_of(order, lengths, most):
-    """Indices sorted by length -> parts of at most `most` of them.
-
-    As few as keep what is read at a time within some TOKENS and the padding within an eighth, at
-    most eight where `most` allows it.
-    """
+    """Indices sorted by length -> parts of at most `most` of them. As few as keep what is read at a
+    time within some TOKENS and the padding within an eighth, at most eight where `most` allows
+    it."""
     tokens = sum(sum(lengths[i]) for i in order)
     at_a_time = tokens // len(lengths[order[0]])
-    for n in range(max(math.ceil(len(order) / most), min(8, 1 + at_a_time // TOKENS)), 9):
-        size = math.ceil(len(order) / n)
+    fewest = max(math.ceil(len(order) / most), min(8, 1 + at_a_time // TOKENS))
+    for n in range(fewest, max(fewest, 8) + 1):
+        size = min(most, math.ceil(len(order) / min(n, 8)))
         parts = [order[start:start + size] for start in range(0, len(order), size)]
         if tokens >= 0.875 * sum(padded(part, lengths) for part in parts):
-            return parts
-    size = min(most, math.ceil(len(order) / 8))
-    return [order[start:start + size] for start in range(0, len(order), size)]
+            break
+    return parts
 
 
 def padded(part, lengths):
@@ -100,36 +93,32 @@ def padded(part, lengths):
     return sum(len(rows[k:k + size]) * rows[k:k + size][-1] for k in range(0, len(rows), size))
 
 
-# --------------------------------------------------------------------------------------------------
-# Two threads
+# --- two threads ----------------------------------------------------------------------------------
 
 SECOND = ThreadPoolExecutor(1)          # its thread starts with the first task
 
 
-def two_at_once(f, items, device, *args):
-    """[f(*args, item) for every item]. On a CPU, two threads take half of them each.
-
-    A second thread inside each of many small operations saves little time; one at other items
-    does. torch.no_grad holds for one thread only: f has to say it itself.
-    """
-    threads, half = torch.get_num_threads(), (len(items) + 1) // 2
+def two_at_once(f, items, device):
+    """[f(item) for every item]. On a CPU, two threads take half of them each. A second thread
+    inside each of many small operations saves little time; one at other items does."""
+    threads, half, grad = torch.get_num_threads(), (len(items) + 1) // 2, torch.is_grad_enabled()
     if device.type != "cpu" or threads == 1 or len(items) < 2:
-        return one_by_one(f, items, threads, *args)
-    other = SECOND.submit(one_by_one, f, items[half:], threads // 2, *args)
+        return [f(item) for item in items]
+    other = SECOND.submit(one_by_one, f, items[half:], threads // 2, grad)
     try:
-        return one_by_one(f, items[:half], threads // 2, *args) + other.result()
+        return one_by_one(f, items[:half], threads // 2, grad) + other.result()
     finally:
         wait([other])
         torch.set_num_threads(threads)
 
 
-def one_by_one(f, items, threads, *args):
-    torch.set_num_threads(threads)      # for this thread: each has a number of its own
-    return [f(*args, item) for item in items]
+def one_by_one(f, items, threads, grad):
+    torch.set_num_threads(threads)      # this and torch.no_grad hold for one thread alone
+    with torch.set_grad_enabled(grad):
+        return [f(item) for item in items]
 
 
-# --------------------------------------------------------------------------------------------------
-# Several processes
+# --- several processes ----------------------------------------------------------------------------
 
 def rank_and_world():
     """(rank, number of processes): (0, 1) without torchrun."""
@@ -146,7 +135,7 @@ def under_torchrun():
 
 def in_all(flag):
     """Whether the flag is set in every process. All of them get here before one goes on."""
-    if rank_and_world()[1] == 1:
+    if not dist.is_initialized():
         return bool(flag)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     lowest = torch.tensor(float(flag), device=device)
@@ -157,9 +146,7 @@ def in_all(flag):
 @contextmanager
 def joined_processes(device):
     """Join torchrun's processes, if there are any -> the device of this one. Only the first prints.
-
-    With GPUs each process takes one of its own.
-    """
+    With GPUs each process takes one of its own."""
     if not under_torchrun():
         yield device
         return

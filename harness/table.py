@@ -1,7 +1,5 @@
 """The comparison table and psi per token, as text for the terminal."""
 
-from dataclasses import dataclass, field
-
 from harness.errors import printable
 from harness.numbers import plus_minus, summary
 
@@ -11,47 +9,29 @@ COLUMNS = (("true reward", "reward", ".2f"), ("minus DPO", "vs_dpo", "+.2f"),   
 TINTS = {4: 75, 3: 117, 2: 153, 1: 189, -1: 230, -2: 223, -3: 216, -4: 208}     # blue, orange
 
 
-@dataclass
-class Row:
-    """One row of the table: a model, measured on one seed."""
-    label: str                      # "dpo", "tvkd implicit/value"
-    seed: int = 0
-    numbers: dict = field(default_factory=dict)     # by name; with "_ci" behind it the interval
-
-    def flat(self):
-        """As it stands in results.json; value and terminal are those of a row of TVKD."""
-        method, _, kind = self.label.partition(" ")
-        value, _, terminal = kind.partition("/")
-        return {"method": method, "value": value or None, "terminal": terminal or None,
-                "seed": self.seed, **self.numbers}
-
-
-def mean_of(rows, key):
-    """Mean and 95% interval of one method's rows: over seeds, or one seed's own, over prompts."""
-    if len(rows) == 1:
-        return rows[0].numbers.get(key), rows[0].numbers.get(f"{key}_ci")
-    return summary([row.numbers.get(key) for row in rows])
-
-
 def cells(rows):
-    """The table as text, cell by cell: the titles, then a line for each method."""
-    known = {key for row in rows for key, x in row.numbers.items() if x is not None}
+    """The table as text, cell by cell: the titles, then a line for each method: its mean and 95%
+    interval over seeds, or of one seed over prompts."""
+    known = {key for row in rows for key, x in row.items() if x is not None}
     known -= {"acc_vs_dpo"} if "reward" in known else set()     # one difference from DPO is enough
-    columns, groups = [column for column in COLUMNS if column[1] in known], {}
-    for row in rows:
-        groups.setdefault(row.label, []).append(row)
-    return [["model", *(title for title, _, _ in columns)], *(
-        [printable(label), *(plus_minus(*mean_of(group, key), form) for _, key, form in columns)]
-        for label, group in groups.items())]
+    columns, lines = [column for column in COLUMNS if column[1] in known], []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        group, line = [row for row in rows if row["label"] == label], [printable(label)]
+        for _, key, form in columns:
+            mean, half = (summary([row[key] for row in group]) if len(group) > 1 else
+                          (group[0][key], group[0].get(f"{key}_ci")))
+            line.append(plus_minus(mean, half, form))
+        lines.append(line)
+    return [["model", *(title for title, _, _ in columns)], *lines]
 
 
 def footnote(rows):
     """What the numbers of the table are."""
-    seeds = sorted({row.seed for row in rows})
+    seeds = sorted({row["seed"] for row in rows})
     over = (f"{len(seeds)} seeds" if len(seeds) > 1 else
             f"held-out prompts or pairs, of the one run with seed {seeds[0]}")
     return (f"\u00b1: 95% interval by Student's t over {over}. Accuracy on n = "
-            f"{rows[0].numbers['pref_n']} held-out pairs.\nKL in nats per response, on the model's "
+            f"{rows[0]['pref_n']} held-out pairs.\nKL in nats per response, on the model's "
             "own samples; the teacher's reference is the teacher before DPO.")
 
 
@@ -64,9 +44,8 @@ def table(rows):
 
 def show_psi(pair, colour, width, most=60):
     """Print psi behind each token of a pair, red[+0.12], in lines of at most `width` characters.
-
-    colour: tint the tokens, for a terminal of 256 colours. most: tokens printed of each response.
-    """
+    colour: tint the tokens, for a terminal of 256 colours. most: tokens printed of each
+    response."""
     largest = max(abs(psi) for name in ("chosen", "rejected") for psi in pair[name]["psi"]) or 1.0
     for name in ("chosen", "rejected"):
         tokens, values, column = pair[name]["tokens"], pair[name]["psi"], width

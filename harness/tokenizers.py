@@ -111,7 +111,10 @@ def load_tokenizer(path):
     # Not tiktoken.load.load_tiktoken_bpe: it caches by path and would miss a rewritten file.
     try:
         lines = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines()]
-        return _encoding({base64.b64decode(token): int(rank) for token, rank in lines})
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        if sorted(ranks.values()) != list(range(len(lines))):       # tiktoken panics at doubles
+            raise ValueError
+        return _encoding(ranks)
     except ValueError:
         raise UserError(f"{path}: expected lines `base64 rank`, as a run wrote them") from None
 

@@ -100,6 +100,7 @@ def read_checkpoint(path):
     """A file of torch.save -> (sizes, tensors by name)."""
     first_bytes(path)
     with zipfile.ZipFile(path) as archive:
+        expect(not archive.testzip(), "undamaged files in the archive", "a wrong checksum")
         for entry in archive.infolist():        # a few compressed kilobytes can be a huge pickle
             expect(not entry.compress_type, "an archive without compression", "one with")
             if entry.filename.lower().endswith(".pkl"):

@@ -19,13 +19,10 @@ TINY = [*SMALL, "--test_pairs=4", "--val_pairs=2", "--samples=1", "--max_new_tok
 
 
 def rows_of(out):
-    """results.json -> the flat rows by label, "dpo 1" for those of seed 1; strict JSON."""
+    """results.json -> the rows by label, "dpo 1" for those of seed 1; strict JSON."""
     text = (out / "results.json").read_text(encoding="utf-8")
-    rows = {}
-    for row in json.loads(text, parse_constant=refuse)["rows"]:
-        kind = f"{row['value']}/{row['terminal']}" if row["value"] else ""
-        rows[" ".join(filter(None, (row["method"], kind, str(row["seed"] or ""))))] = row
-    return rows
+    return {f"{row['label']} {row['seed'] or ''}".strip(): row
+            for row in json.loads(text, parse_constant=refuse)["rows"]}
 
 
 def log_of(out):

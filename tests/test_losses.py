@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from conftest import close
 from data import Example, Pair
 from harness import steps
 from harness.errors import CheckFailed
-from harness.evaluate import HeldOut, Validation, measure
+from harness.evaluate import HeldOut, Validation, evaluate, rows_of
 from harness.options import Recipe
 from harness.progress import Progress
 from harness.steps import cut, gradient, padded, parts_of, two_at_once
@@ -139,7 +140,7 @@ def test_psi_is_summed_in_float64():
     close(psi.sum(), -values[1].double(), 1e-9)
 
 
-def test_measure_by_hand():
+def test_evaluate_by_hand():
     """A model that says "cat" for ever; its reference has 1/2, 1/4, 1/4 for EOS, cat, dog. Behind a
     prompt of 10 the context has room for two tokens: "cat cat" earns 1 - 1 where a cat was asked
     for, else -2: mean -2/3, variance 4/3, interval 4.303 sqrt(4/3) / sqrt(3) = 2.868. KL: ln 4 in
@@ -152,11 +153,12 @@ def test_measure_by_hand():
         pairs, texts, words, toy=True, samples=2, max_new_tokens=3, batch_size=2, seed=0)
     expected = {"reward": -2 / 3, "pref_acc": 0.5, "true_acc": 0.75, "kl": 2 * math.log(4),
                 "length": 2, "pref_margin": (69.0776 - math.log(4)) / 6}
-    measured, curve = measure(model, ref, 0.5, held_out), Validation(ref, 0.5, held_out)(model)
+    measured, curve = evaluate(model, ref, 0.5, held_out), Validation(ref, 0.5, held_out)(model)
     assert curve == pytest.approx({f"val_{name}": x for name, x in expected.items()}, abs=1e-3)
-    assert measured["numbers"].items() >= {name[4:]: x for name, x in curve.items()}.items()
-    assert measured["reward"].tolist() == [0, -2, 0] and measured["numbers"]["pref_n"] == 3
-    assert measured["numbers"]["reward_ci"] == pytest.approx(2.868, abs=1e-3)
+    row, = rows_of({"x": measured}, 0)
+    assert row.items() >= {name[4:]: x for name, x in curve.items()}.items()
+    assert measured[1]["reward"].tolist() == [0, -2, 0] and row["pref_n"] == 3
+    assert row["reward_ci"] == pytest.approx(2.868, abs=1e-3)
 
 
 # --- the gradient of a batch ---------------------------------------------------------------------
@@ -287,7 +289,7 @@ def test_an_error_in_one_half_waits_for_the_other(threads, bad, good):
     threads(2)
     ended = []
     with pytest.raises(ValueError, match="half"):
-        two_at_once(fail_at, ["first", "second"], torch.device("cpu"), bad, ended)
+        two_at_once(partial(fail_at, bad, ended), ["first", "second"], torch.device("cpu"))
     assert ended == [good] and torch.get_num_threads() == 2
 
 

@@ -189,7 +189,7 @@ def test_a_misspelt_field_of_a_loss_is_refused(monkeypatch):
 
 def test_a_key_tells_models_of_one_set_of_weights_apart():
     """The same numbers with one head or two, or another GELU, are other models."""
-    keys = [Keep(None, CPU).describe("model", model)
+    keys = [Keep("", CPU).describe("model", model)
             for model in (tiny(), tiny(), tiny(n_head=1), tiny(gelu="tanh"))]
     assert keys[0] == keys[1] and keys[2] not in keys[:2] and keys[3] not in keys[:3]
 

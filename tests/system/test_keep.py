@@ -25,10 +25,10 @@ from conftest import ROOT
 from data import Example, Pair
 from harness import code, files, keep, outcome
 from harness.errors import UserError
-from harness.evaluate import HeldOut, measure
+from harness.evaluate import HeldOut, evaluate
 from harness.keep import Keep, file_of, lock
 from harness.options import Config, parse_args
-from harness.progress import Progress, ctrl_c_held
+from harness.progress import Progress
 from harness.texts import load_task
 from model import GPT
 from small_run import (SMALL, bytes_of, ended, forked, log_of, main_after, refused, rows_of,
@@ -126,15 +126,15 @@ def test_ctrl_c(whole, tmp_path):
 def test_ctrl_c_twice_stops_at_once():
     """And none at all where Ctrl-C is ignored, as in what a script started in its background."""
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), ctrl_c_held() as pressed:
+    with pytest.raises(KeyboardInterrupt), Progress() as progress:
         os.kill(os.getpid(), signal.SIGINT)
-        assert pressed == [True]
+        assert progress.pressed
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with ctrl_c_held() as pressed:
+    with Progress() as progress:
         os.kill(os.getpid(), signal.SIGINT)
-    assert pressed == [] and signal.signal(signal.SIGINT, before) == signal.SIG_IGN
+    assert not progress.pressed and signal.signal(signal.SIGINT, before) == signal.SIG_IGN
 
 
 # --- whose folder it is --------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def double(x, scale):
 def test_keep_alone(tmp_path):
     """Computed once; again for another argument, seed or setting of the machine, and in all
     processes where one of them has no such file. It holds the folder until it is closed."""
-    cache = Keep(tmp_path, CPU, quiet=True)
+    cache = Keep(tmp_path, CPU)
     assert cache.common.keys() == {"torch", "device", "threads", "processes"}
     for cache.seed, threads, x, by, text, agree, times in (
             (0, 1, 1.5, 1.0, "a", bool, 1), (0, 1, 1.5, 1.0, "a", bool, 0),
@@ -290,7 +290,7 @@ def test_keep_alone(tmp_path):
 
 def test_digests():
     """Of texts, ids and tensors; another border between two parts is another digest."""
-    describe = Keep(None, CPU).describe
+    describe = Keep("", CPU).describe
     a, b = Example([1, 2], [3]), Example([1], [2, 3])
     zeros, pair = torch.zeros(2, 3), Pair("a", "b", "c")
     different = [[a], [b], [[a], [b]], [[a, b]], [[b, a]], [pair], zeros, zeros.view(3, 2),
@@ -311,8 +311,8 @@ class Asking(Keep):
         value = keep.unpack(content, CPU)
         if content["key"] != key:
             self.remade.add(name)
-            if isinstance(value, dict):
-                value["numbers"]["kl"] += 1                             # a row
+            if isinstance(value, tuple):
+                value[0]["kl"] += 1                                     # a row
             elif isinstance(value, list) and isinstance(value[0], list):
                 value[0].insert(0, 1)                                   # answers
             else:
@@ -324,11 +324,11 @@ class Asking(Keep):
 
 def remade(whole, *options, change=lambda task: task):
     """Names of what another command, data or code would make again in the folder of a run."""
-    config, asking = parse_args([*OFTEN, *options], train.METHODS), Asking(whole, CPU, quiet=True)
+    config, asking = parse_args([*OFTEN, *options], train.METHODS), Asking(whole, CPU)
     task, asking.remade = change(load_task(config, 0)), set()
     models = train.experiment(config, 0, task, CPU, asking)
     for label, model in models.items():
-        asking(f"{label}.row", measure, *model, HeldOut.of(task, "test", config, 0))
+        asking(f"{label}.row", evaluate, *model, HeldOut.of(task, "test", config, 0))
     return asking.remade
 
 
@@ -401,7 +401,7 @@ def test_edits_that_make_nothing_again(whole, project):
     ("model.py", "soft_value(teacher", "-soft_value(teacher", VALUES | TVKD),
     ("tvkd.py", "return -logps[_non", "return -2 * logps[_non", ALL),           # nll_loss
     ("harness/steps.py", "0.875 *", "0.9 *", ALL),      # fit, gradient, cut, parts_of
-    ("harness/numbers.py", "def interval(numbers", "def interval(numbers, x=1", ROWS),
+    ("harness/evaluate.py", "policy.exp()", "2 * policy.exp()", DPO | {"sft.row"}),
     ("train.py", "METHODS = {\n", "torch.set_default_dtype(torch.float64)\nMETHODS = {\n", ALL),
     ("train.py", "from tvkd import dpo_loss, ", "from mine import dpo_loss\nfrom tvkd import ",
      DPO),

@@ -4,7 +4,6 @@ and harness/tokenizers.py against the slow way to learn a vocabulary."""
 import gzip
 import itertools
 import json
-import os
 import re
 import tracemalloc
 from collections import Counter
@@ -90,7 +89,7 @@ LAYOUTS = {
     "Alpaca": (alpaca(input=""), WHY),
     "Alpaca, its output is the chosen one": (
         {"instruction": "Why?", "output": "So.", "rejected": "No."}, WHY),
-    "Alpaca, input": (alpaca(input="1+1", output="So."),
+    "Alpaca, input": (alpaca(input="1+1", chosen=SO),
                       Pair("\n\nHuman: Why?\n\n1+1\n\nAssistant:", " So.", " No.")),
     "Orca": ({"system": "Be kind.", "question": "Why?", "chosen": "So.", "rejected": "No."}, KIND),
     "MedicalGPT": ({"system": "", "history": [], "question": "Why?", "response_chosen": "So.",
@@ -125,6 +124,8 @@ def test_layouts(tmp_path):
         read = dict(zip(LAYOUTS, load_pairs(tmp_path / "pairs"), strict=True))
         assert read == dict(zip(LAYOUTS, pairs))
         assert all(type(value) is float for value in read["values"].values)
+    with pytest.raises(UserError, match=r"which --value=given reads, .*, got \[None, None\]"):
+        load_pairs(tmp_path / "pairs", with_values=True)
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -138,7 +139,6 @@ TURN, ALONE = "expected no turn of the user in", "expected text alone and every 
 
 BAD_RECORDS = [
     ([1, 2], "expected a JSON object, got list"),
-    ({"prompt": "a", "chosen": "b"}, LAYOUT + "prompt, chosen; `jq"),
     ({"question": "a", "response_j": "b", "response_k": "c"}, LAYOUT + "question, response_j"),
     (row("a", " \n", "c"), """expected text in UTF-8 in "chosen", got ' \\n'"""),
     (row("a", "\ud800", "c"), """expected text in UTF-8 in "chosen", got '\\ud800'"""),
@@ -171,7 +171,6 @@ BAD_RECORDS = [
     (row(TALK, [message("tool", "x")]), 'expected "chosen" as text or as messages'),
     (row(TALK, SO, 3), 'expected "rejected" as text or as messages'),
     (row(USER, history=[["a", "b", "c"]]), 'expected "history" as text or as messages'),
-    (row(USER, system=3), 'expected "system" as text or as messages'),
     (row("a", [message("assistant", [])], NO), 'expected text in UTF-8 in "chosen"'),
     # what no text model would see, wherever it stands
     (row("a", "b", "c", images=["cat.png"]), ALONE + "'images'"),
@@ -224,7 +223,7 @@ def test_bad_records(tmp_path, capsys, record, expected):
     (b"[" + GOOD + b"," + GOOD[:9], NO_FILE + "Expecting ':' delimiter: line 2 column 11"),
     (b"[" + GOOD + b"]" + GOOD, NO_FILE + "Expecting value: line 2 column 1"),
     (gzip.compress(GOOD * 9)[:-9], NO_FILE + "Compressed file ended"),
-    (b"\x1f\x8b" + GOOD, NO_FILE + "Unknown compression method"),
+    (gzip.compress(GOOD)[:12] + GOOD, NO_FILE + "Error -3 while decompressing"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", NO_FILE + "a pointer of Git"),
     (b'{\r\n  "data": [\r\n', f":1: {NO_JSON}"),
     (b"\xef\xbb\xbf\r\n \n", ": expected at least one preference pair"),
@@ -243,12 +242,12 @@ def test_load_pairs_names_file_and_place(tmp_path, content, expected):
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_containers(tmp_path, mark):
-    """Three odd pairs as lines (LF, CRLF, blank ones) and as arrays (one line, many), plain and
-    gzipped, with and without a byte-order mark. U+2028, U+0085 and a form feed end a line for
-    str.splitlines; in JSON they are text."""
+    """Three odd pairs as lines (LF, CRLF, blank ones, CR inside) and as arrays (one line, many),
+    plain and gzipped, with and without a byte-order mark. U+2028, U+0085 and a form feed end a line
+    for str.splitlines; in JSON they are text."""
     pairs = [Pair("a\u2028b", "c\x85d", 'e\x0cf], {"'), Pair("é", "b", "c\\"), Pair("a", "🙂", "c")]
     rows = [row(*pair[:3]) for pair in pairs]
-    lines = [json.dumps(record, ensure_ascii=False) for record in rows]
+    lines = [json.dumps(record, ensure_ascii=False, separators=(",\r", ":")) for record in rows]
     for text in ("\n".join(lines), "\r\n\n  \r\n".join(lines) + "\r\n", json.dumps(rows) + "\n",
                  json.dumps(rows, indent=2, ensure_ascii=False).replace("\n", "\r\n")):
         for content in (mark + text.encode(), gzip.compress(mark + text.encode())):

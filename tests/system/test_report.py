@@ -10,9 +10,8 @@ import torch
 
 from data import Pair
 from harness import psi, report, table
-from harness.evaluate import HeldOut, fill
+from harness.evaluate import HeldOut, rows_of
 from harness.numbers import interval, t_quantile
-from harness.table import Row
 
 ATTACK = '</script></style>"\'><script>alert(2)</script><img src=x>\x1b[31m\x07\x9b\u202e\u2066\n'
 TAGS = set("html meta title style h1 h2 h3 h4 p b small span div article svg path polyline text "
@@ -26,11 +25,12 @@ def make_side(tokens, psi, phi, **more):
 
 
 def make_row(label, reward, vs_dpo=None, seed=0, acc_vs_dpo=None):
-    return Row(label, seed, {
-        "pref_n": 20, "reward": reward, "reward_ci": None if reward is None else 0.5,
+    return {
+        "label": label, "seed": seed, "pref_n": 20, "reward": reward,
+        "reward_ci": None if reward is None else 0.5,
         "vs_dpo": vs_dpo, "vs_dpo_ci": None if vs_dpo is None else 0.25, "pref_acc": 0.75,
         "pref_acc_ci": 0.125, "acc_vs_dpo": acc_vs_dpo, "acc_vs_dpo_ci": 0.0625, "kl": 3.5,
-        "length": 12.25})
+        "length": 12.25}
 
 
 ROWS = [make_row("sft", 1.0, -1.0), make_row("dpo", 2.0), make_row("tvkd implicit/value", 4.0, 2.0)]
@@ -96,17 +96,19 @@ def test_differences_from_dpo_by_hand():
     """Rewards 2, 3, 4 - 1, 2, 6 = 1, 1, -2 by prompt: mean 0, deviation sqrt(6 / 2) = sqrt(3), so
     t(2) sqrt(3) / sqrt(3) = 4.302653. Accuracy 1, 1, 1/2 - 1, 0, 1/2 = 0, 1, 0 by pair: mean 1/3,
     deviation sqrt(1/3), so t(2) / 3 = 1.434218. Without rewards there is no difference of them."""
-    rows = [Row("dpo"), Row("kd")]
     measured = {"dpo": ([1.0, 2.0, 6.0], [1.0, 0.0, 0.5]), "kd": ([2.0, 3.0, 4.0], [1.0, 1.0, 0.5])}
-    measured = {name: {"numbers": {"kl": 1.0}, "reward": torch.tensor(rewards),
-                       "pref_acc": torch.tensor(accuracy)}
+    measured = {name: ({"kl": 1.0}, {"reward": torch.tensor(rewards),
+                                     "pref_acc": torch.tensor(accuracy)})
                 for name, (rewards, accuracy) in measured.items()}
-    fill(rows, measured)
-    assert rows[0].numbers == {"kl": 1.0}
-    assert rows[1].numbers == pytest.approx({"kl": 1.0, "vs_dpo": 0.0, "vs_dpo_ci": 4.302653,
-                                             "acc_vs_dpo": 1 / 3, "acc_vs_dpo_ci": 1.434218})
-    fill(rows, {name: {**of_row, "reward": None} for name, of_row in measured.items()})
-    assert set(rows[1].numbers) == {"kl", "acc_vs_dpo", "acc_vs_dpo_ci"}
+    differences = {"vs_dpo": 0.0, "vs_dpo_ci": 4.302653, "acc_vs_dpo": 1 / 3,
+                   "acc_vs_dpo_ci": 1.434218}
+    dpo, kd = rows_of(measured, 3)
+    assert dpo["kl"] == 1.0 and {*map(dpo.get, differences)} == {None} and kd["seed"] == 3
+    assert {name: kd[name] for name in differences} == pytest.approx(differences)
+    for _, each in measured.values():
+        del each["reward"]
+    _, kd = rows_of(measured, 3)
+    assert kd["vs_dpo"] is None and kd["acc_vs_dpo"] == pytest.approx(1 / 3)
 
 
 def test_table_by_hand():

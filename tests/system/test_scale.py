@@ -178,7 +178,7 @@ def test_bfloat16_is_asked_for_only_where_it_is(monkeypatch):
         assert not in_bfloat16("float32", torch.device("cuda"))
 
 
-def test_bfloat16_keeps_log_probs_in_float32():
+def test_bfloat16_keeps_log_probs_in_float32(tmp_path):
     """Products in the blocks have 8 bits: log-probs are float32 and differ by some 1/256 of their
     size. All models of a run with --precision=bfloat16 are such, and step 0 allows for it."""
     torch.manual_seed(0)
@@ -192,5 +192,5 @@ def test_bfloat16_keeps_log_probs_in_float32():
     assert inside == [torch.bfloat16] and rounded.dtype == model.lm_head.weight.dtype
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.1
     config = parse_args([*TINY, "--methods=dpo", "--precision=bfloat16"], train.METHODS)
-    models = train.experiment(config, 0, load_task(config, 0), CPU, keep.Keep("", CPU))
+    models = train.experiment(config, 0, load_task(config, 0), CPU, keep.Keep(tmp_path, CPU))
     assert [m.config.bfloat16 for pair in models.values() for m in pair[:2]] == [True] * 6
