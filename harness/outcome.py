@@ -19,6 +19,7 @@ from harness.files import write
 from harness.keep import digest_of
 from harness.psi import psi_of_pairs
 from harness.report import page
+from harness.steps import under_torchrun
 from harness.table import show_psi, table
 from harness.tokenizers import tokenizer_text
 
@@ -140,4 +141,8 @@ def exit_code(run, argv, *args, program="train.py"):
     if message and "TORCHELASTIC_ERROR_FILE" in os.environ:     # torchrun says it again, last
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(
             {"message": one_line(message), "timestamp": int(time.time())}), encoding="utf-8")
+    if IS_PROGRAM and under_torchrun():     # gloo's threads may abort a process that ends as usual
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(status)
     return status
