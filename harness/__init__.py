@@ -10,7 +10,7 @@ import sys
 
 def stop_at_once(*_):
     """At Ctrl-C, as kill -9 does: every file is there as a whole, or not at all."""
-    os.write(2, b"train.py: stopped; the same command continues from here\n")
+    os.write(2, f"{PROGRAM}: stopped; the same command continues from here\n".encode())
     os._exit(130)
 
 
@@ -19,8 +19,9 @@ try:
 except OSError:
     print("expected a working folder that exists, got one that was deleted", file=sys.stderr)
     raise SystemExit(2) from None
-# Only where train.py is the program, and not where Ctrl-C is ignored.
-IS_PROGRAM = (os.path.basename(sys.argv[0]) == "train.py"
+# Only where one of ours is the program, and not where Ctrl-C is ignored.
+PROGRAM = os.path.basename(sys.argv[0])
+IS_PROGRAM = (PROGRAM in ("train.py", "run.py", "tables.py", "bench.py")
               and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 if IS_PROGRAM:
     signal.signal(signal.SIGINT, stop_at_once)
