@@ -141,6 +141,7 @@ def test_results_of_unknown_origin(out, tmp_path, capsys, path, new):
     for key in path[:-1]:
         value = value[key]
     value[path[-1]] = new
+    results["digest"] = keep.digest_of([results.get("config"), results.get("models")])
     (out / "results.json").write_text(json.dumps(results), encoding="utf-8")
     for option in ("--ask=hi", f"--export={tmp_path / 'x'}"):
         assert refused(capsys, f"--out={out}", option, "--device=cpu").startswith(
@@ -161,6 +162,30 @@ def test_a_refused_or_broken_run_leaves_no_mixture(out, capsys):
     assert (out / "results.json").read_bytes() == before
     capsys.readouterr()
     assert "teacher-sft.pt: expected the model of this run's table" in refused(capsys, *ask)
+
+
+def test_what_a_run_did_not_write(out, tmp_path, capsys):
+    """An option of its table changed by hand, a doubled token, a stranger's .lock; a log that is a
+    link is replaced, not written through; a value of "--" is none."""
+    theirs, ask = tmp_path / "theirs", [f"--out={out}", "--ask=hi", "--device=cpu"]
+    (theirs / "seed0").mkdir(parents=True)
+    for name in (".lock", "log.jsonl", "results.json"):
+        (theirs / name).write_text("mine", encoding="utf-8")
+    assert "without the .lock of a run" in refused(capsys, *SMALL, f"--out={theirs}")
+    assert {(theirs / name).read_text() for name in ("log.jsonl", "results.json")} == {"mine"}
+    assert "--ask: expected a value, got --" in refused(capsys, f"--out={out}", "--ask=--")
+    (out / "log.jsonl").unlink()
+    (out / "log.jsonl").symlink_to(theirs / "log.jsonl")
+    assert train.main([*SMALL, f"--out={out}"]) == 0 and train.main(ask) == 0
+    assert (theirs / "log.jsonl").read_text() == "mine" and not (out / "log.jsonl").is_symlink()
+    text = (out / "results.json").read_text(encoding="utf-8")
+    (out / "results.json").write_text(text.replace('"beta": 1.0', '"beta": 2.0'), encoding="utf-8")
+    capsys.readouterr()
+    assert "expected options and models as the run wrote them" in refused(capsys, *ask)
+    (out / "results.json").write_text(text, encoding="utf-8")
+    words = out / "seed0" / "tokenizer.tiktoken"
+    words.write_text(words.read_text().replace("8A==", "7w==", 1), encoding="ascii")
+    assert "expected lines `base64 rank`" in refused(capsys, *ask)
 
 
 # --- what must be equal, and what must not -------------------------------------------------------
