@@ -79,8 +79,7 @@ def refuse_network(*args, **kwargs):
 def close(got, expected, tolerance=1e-6, mistakes=None):
     """Same shape, and no element further off than `tolerance`. NaN is never close.
 
-    mistakes: {"the mean, not the sum": -3}; where `got` is -3, the message names this mistake.
-    """
+    mistakes: {"the mean, not the sum": -3}; where `got` is -3, the message names this mistake."""
     __tracebackhide__ = True
     if is_close(got, expected, tolerance):
         return

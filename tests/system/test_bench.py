@@ -27,8 +27,7 @@ def test_memory_by_hand():
 
     6 + 8 + 2 (8 + 18 + 6 + 24 + 18) + 4 = 166 parameters; a token keeps 16 * 2 + 1 + 4 = 37 floats
     in a layer and 2 for its id, but where it is not scored 10 * 2 + 2 fewer in the last one, so
-    2 * 37 + 2 - 22 / 2 = 65 on average; a scored one 3 + 2 * 2 + 12; two of each row are scored.
-    """
+    2 * 37 + 2 - 22 / 2 = 65 on average; a scored one 3 + 2 * 2 + 12; two of each row are scored."""
     computed = bench.training_bytes(GPTConfig(3, 4, 2, 1, 2), 1, 4, 0.5, others=10)
     assert computed == {"weights": 24 * 166, "others": 40, "activations": 4 * 8 * 65,
                         "head": 4 * 4 * 19, "spare": 3 * 4 * 2 * 3}

@@ -96,8 +96,7 @@ def test_collate_by_hand(page):
     """EOS is 9, a BOS 5. Prompt a, chosen b, rejected cd: 97 to 100 modulo 9 are 7, 8, 0, 1.
 
         5 7 | 8 9 0     actions  7 | 8 9 .     mask 0 | 1 1 0
-        5 7 | 0 1 9              7 | 0 1 9          0 | 1 1 1
-    """
+        5 7 | 0 1 9              7 | 0 1 9          0 | 1 1 1"""
     tokens, mask = page["collate"]([("a", "b", "cd")], Tokenizer(9, [5]))
     assert tokens.tolist() == [[5, 7, 8, 9, 0], [5, 7, 0, 1, 9]]
     assert mask.tolist() == [[False, True, True, False], [False, True, True, True]]
@@ -108,8 +107,7 @@ def test_dpo_with_the_tilted_reference_is_tvkd(page, alpha, odds):
     """The recipe for TRL, values and gradients, in units of ln 2: policy -2, -2, reference -6, -4,
     psi 9, 1. beta is 1/2. DPO's margin is 1/2 (4 - 2) = 1, TVKD's 1 - 8 alpha. With odds =
     exp(-margin) = 2^(8 alpha - 1) the loss is ln(1 + odds), its slopes -+ 1/2 odds / (1 + odds).
-    alpha 1/4: a tilt of 9/2, 1/2 gives the margin 1/2 [(-2 + 6 - 9/2) - (-2 + 4 - 1/2)] = -1.
-    """
+    alpha 1/4: a tilt of 9/2, 1/2 gives the margin 1/2 [(-2 + 6 - 9/2) - (-2 + 4 - 1/2)] = -1."""
     before = sys.modules["trl"].DPOTrainer.return_value.train_dataset
     psi = torch.tensor([[9.0, 1.0]]) * LN2
     page |= {"pairs": [("x", "w", "l")], "values": psi, "alpha": alpha, "beta": 0.5}

@@ -5,10 +5,8 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
@@ -431,23 +429,6 @@ def test_surroundings(tmp_path, prepare, status, message):
     assert ended(forked(errors, main_after, prepare, *command)) == status
     assert errors.read_text(encoding="utf-8") == (f"train.py: {message}\n" if message else "")
     assert status or len(rows_of(tmp_path / "out")) == 4
-
-
-@pytest.mark.slow
-def test_ctrl_c_again_and_again_while_the_command_ends(tmp_path):
-    """Five of them, 10 ms apart: lines of this program and nothing else, whenever they come."""
-    command = [sys.executable, "-W", "error", str(ROOT / "train.py"), *TINY, f"--out={tmp_path}",
-               "--teacher_sft_steps=100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while " loss " not in process.stdout.readline():
-        assert process.poll() is None
-    for _ in range(5):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.01)
-    lines = process.communicate()[1].splitlines()
-    assert process.returncode == 130 and {*lines} <= {
-        "stopping after this step; Ctrl-C again stops at once",
-        "train.py: stopped; the same command continues from here"}
 
 
 @pytest.mark.slow

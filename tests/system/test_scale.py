@@ -61,8 +61,7 @@ def same_gradient(got, expected):
 def two_processes(out, work, *args):
     """work(rank, out, *args) in two processes as torchrun starts them -> their exit statuses.
 
-    What process RANK prints goes to out.RANK.log.
-    """
+    What process RANK prints goes to out.RANK.log."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
