@@ -163,8 +163,7 @@ def test_a_refused_or_broken_run_leaves_no_mixture(out, capsys):
 
 
 def test_what_a_run_did_not_write(out, tmp_path, capsys):
-    """An option of its table changed by hand, a doubled token, a stranger's .lock; a log that is a
-    link is replaced, not written through; a value of "--" is none."""
+    """A stranger's .lock, a log that is a link, options of the table changed, a doubled token."""
     theirs, ask = tmp_path / "theirs", [f"--out={out}", "--ask=hi", "--device=cpu"]
     (theirs / "seed0").mkdir(parents=True)
     for name in (".lock", "log.jsonl", "results.json"):
@@ -178,7 +177,6 @@ def test_what_a_run_did_not_write(out, tmp_path, capsys):
     assert (theirs / "log.jsonl").read_text() == "mine" and not (out / "log.jsonl").is_symlink()
     text = (out / "results.json").read_text(encoding="utf-8")
     (out / "results.json").write_text(text.replace('"beta": 1.0', '"beta": 2.0'), encoding="utf-8")
-    capsys.readouterr()
     assert "expected options and models as the run wrote them" in refused(capsys, *ask)
     (out / "results.json").write_text(text, encoding="utf-8")
     words = out / "seed0" / "tokenizer.tiktoken"
@@ -389,8 +387,6 @@ def test_how_a_run_ends(capsys, error, status, message):
         with pytest.raises(type(bug)):                  # an error of the program: its traceback
             exit_code(fails, bug)
 
-
-# --- surroundings --------------------------------------------------------------------------------
 
 def close_stdout():
     """As a shell does with >&-: no file descriptor 1, and sys.stdout is None."""

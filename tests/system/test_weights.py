@@ -328,8 +328,12 @@ def test_content_that_is_refused(tmp_path, content, message):
 
 
 def test_bombs_are_refused(tmp_path):
-    """600,000 lists in a compressed kilobyte; 2^60 tuples as the key of a dict; sizes whose repr
-    has 2^60 brackets."""
+    """A flipped bit of a tensor; 600,000 lists in a compressed kilobyte; 2^60 tuples as key of a
+    dict; sizes whose repr has 2^60 brackets."""
+    torch.save({"model": {"x": torch.zeros(999)}}, tmp_path / "ckpt.pt")
+    raw = (tmp_path / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt").write_bytes(raw[:3000] + bytes([raw[3000] ^ 1]) + raw[3001:])
+    assert "got a wrong checksum" in refused(tmp_path / "ckpt.pt")
     with zipfile.ZipFile(tmp_path / "ckpt.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02](" + b"]" * 600_000 + b"e.")
     assert "expected an archive without compression" in refused(tmp_path / "ckpt.pt")
