@@ -161,6 +161,8 @@ class Keep:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = self.lock or lock(self.out)
+            if folder.is_symlink():
+                raise UserError(f"--out: expected {folder} as a folder of its own, got a link")
             folder.mkdir(exist_ok=True)
             for path in folder.glob("*.tmp"):
                 path.unlink()
