@@ -32,8 +32,6 @@ CPU = torch.device("cpu")
 IDS = [4, 0, 8, 2, 5, 6, 1, 3, 7]       # 9 indices: halves and parts are of unequal size
 
 
-# --- gradients -----------------------------------------------------------------------------------
-
 def small_model(seed):
     torch.manual_seed(seed)
     return GPT(GPTConfig(11, 24, 2, 2, 8)).double()
