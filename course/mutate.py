@@ -34,7 +34,6 @@ TESTS = {
     "harness.sampling": ("test_model", "test_wiring"),
     "harness.evaluate": ("test_losses", "test_wiring", "system/test_report"),
     "harness.numbers": ("test_wiring", "system/test_report"),
-    "harness.table": ("test_wiring", "system/test_report"),
     "harness.preferences": ("system/test_preferences", "system/test_hostile_data"),
 }
 

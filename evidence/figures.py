@@ -1,18 +1,28 @@
 """The figures of the documents as SVG, from the records. Bars are 95% intervals over seeds."""
 
+import math
 import statistics
 from html import escape
 
 from evidence.records import (HEADINGS, built, grouped, known, mean, name_of, plain_name,
                               point)
-from harness.report import COLOURS, scale, ticks
+from harness.report import scale
 
+COLOURS = ("#2f81d6", "#c8741a", "#1f9d78", "#c2559a",
+           "#8069d8", "#d9534a", "#84931c", "#8a8a8a")
 STYLE = """<style>svg { background: #fff; color: #222; font: 11px sans-serif }
 text { fill: currentColor } circle { fill: currentColor }
 path { stroke: currentColor; fill: none; stroke-width: 1.5 }
 .grid { stroke: #ddd; stroke-width: 1 }
 .right { text-anchor: end } .middle { text-anchor: middle }
 .title { font-weight: bold; font-size: 12px }</style>"""
+
+
+def ticks(low, high, most=5):
+    """Round numbers from low to high, at most `most` + 1: ticks(0, 60) = [0, 20, 40, 60]."""
+    step = 10 ** math.floor(math.log10(((high - low) or 1) / most))
+    step = next(m * step for m in (1, 2, 5, 10) if (high - low) / (m * step) <= most)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def forest(points, title, margin=190):

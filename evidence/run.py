@@ -34,7 +34,7 @@ from evidence.records import Parser
 from harness.code import definitions
 from harness.files import write
 from harness.keep import lock
-from harness.outcome import exit_code
+from harness.command import exit_code
 from harness.preferences import load_pairs
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -18,7 +18,7 @@ from evidence.figures import figures
 from evidence.records import (HEADINGS, Parser, built, grouped, holm, known, load, name_of, p_value,
                               plain_name, point)
 from harness.numbers import plus_minus, summary
-from harness.outcome import exit_code
+from harness.command import exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ("docs/results.md", "docs/sweeps.md", "README.md")

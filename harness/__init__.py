@@ -14,11 +14,6 @@ def stop_at_once(*_):
     os._exit(130)
 
 
-try:
-    os.getcwd()                 # a deleted one ends torch's import with a message of its own
-except OSError:
-    print("expected a working folder that exists, got one that was deleted", file=sys.stderr)
-    raise SystemExit(2) from None
 # Only where one of ours is the program, and not where Ctrl-C is ignored.
 PROGRAM = os.path.basename(sys.argv[0])
 IS_PROGRAM = (PROGRAM in ("train.py", "run.py", "tables.py", "bench.py")

@@ -1,7 +1,6 @@
 """What a finished run can be asked: --ask, --score and --export."""
 
 import json
-import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -9,14 +8,12 @@ from pathlib import Path
 import data
 from harness.errors import UserError, printable
 from harness.evaluate import all_pair_logps, is_correct, spoken
-from harness.files import refuse_inside, refuse_other_than_files, write
+from harness.files import refuse_inside, write
 from harness.keep import digest_of, file_of, lock, read, unpack
 from harness.preferences import counted, load_pairs
 from harness.sampling import sample
-from harness.steps import under_torchrun
 from harness.tokenizers import load_tokenizer, named_tokenizer
 from harness.weights import export_model, export_targets
-from model import action_psi, state_values
 
 ANSWERS = 3
 WORD = f"(?:{'|'.join([*data.THINGS, *data.ALL_FACTS])})"
@@ -24,13 +21,11 @@ TOY_PROMPT = re.compile(rf"\s*Describe the {WORD}: {WORD}(?:, {WORD})*\.", re.IG
 
 
 def load_run(config, device):
-    """What a run left in --out -> (its Config, tokenizer, {label: (model, reference, beta)}, one of
-    its prompts). Every file must be the one whose digest results.json has: one copied from another
-    run would answer, too."""
+    """What a run left in --out -> (its Config, tokenizer, {label: (model, reference, beta)}). Every
+    file must be the one whose digest results.json has: one of another run would answer, too."""
     out, seed = Path(config.out), str(config.seed)
     folder, types = out / f"seed{seed}", {f.name: f.type for f in fields(config)}
     try:
-        refuse_other_than_files(out / "results.json", folder / "tokenizer.tiktoken")
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
         if results["digest"] != digest_of([results["config"], results["models"]]):
             raise UserError("results.json: expected options and models as the run wrote them")
@@ -44,38 +39,31 @@ def load_run(config, device):
         if digest_of(tokenizer) != digests.pop("tokenizer"):
             raise UserError(f"{folder}: expected the tokenizer that the models were trained with")
         for name, digest in digests.items():
-            if not re.fullmatch(r"\w[\w .+/-]*", name):     # it becomes the name of a file
-                raise ValueError(f"expected names of methods, got {name!r:.60}")
             models[name] = unpack(read(folder / file_of(name)), device)
             if digest_of(models[name]) != digest:
                 raise UserError(f"{folder / file_of(name)}: expected the model of this run's "
                                 "table, got another one; repeat the training command")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
-            OverflowError, RecursionError) as error:
+    except Exception as error:          # anything can go wrong in bytes that nobody vouches for
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--out: expected the folder of a finished run with --seed={config.seed}, "
                         f"got {config.out}: {reason}") from None
     teacher_ref = models.pop("teacher-sft", None)
     return past, tokenizer, {
         name: (model, teacher_ref, past.teacher_beta) if name == "teacher" else
-        (model, models["sft"], past.beta) for name, model in models.items()}, results.get(
-            "prompt_looked_like")
+        (model, models["sft"], past.beta) for name, model in models.items()}
 
 
 def use_run(config, device):
-    """--ask, --score and --export: first all that may be refused. Under torchrun the first process
-    does it."""
-    if under_torchrun() and os.environ.get("RANK") != "0":
-        return
+    """--ask, --score and --export: first all that may be refused."""
     refuse_inside("score", config.score, config.out)
     pairs = load_pairs(config.score, skip_bad=config.skip_bad) if config.score else None
-    past, tokenizer, models, prompt = load_run(config, device)
+    past, tokenizer, models = load_run(config, device)
     exported = {name: model for name, (model, _, _) in models.items()}
     if "teacher" in models:
         exported["teacher-sft"] = models["teacher"][1]
     targets = export_targets(config.export, config.out, exported) if config.export else {}
     if config.ask:
-        ask(config, past, tokenizer, models, prompt)
+        ask(config, past, tokenizer, models)
     if config.score:
         score_pairs(pairs, config, past, tokenizer, models)
     for name, target in targets.items():
@@ -83,31 +71,19 @@ def use_run(config, device):
         print(f"  {name:<20} {printable(target)}")
 
 
-def ask(config, past, tokenizer, models, prompt):
-    """Three answers of every model to one prompt; with --tokens psi of each token as well."""
+def ask(config, past, tokenizer, models):
+    """Three answers of every model to one prompt."""
     if re.search("[\ud800-\udfff]", config.ask):
         raise UserError("--ask: expected text in UTF-8, got other bytes")
     ids, room = tokenizer.encode_ordinary(config.ask), past.block_size - 1
     if not 0 < len(ids) <= room:
         raise UserError(f"--ask: expected a prompt of 1 to {room} tokens, got {len(ids)}")
-    if config.tokens and "teacher" not in models:
-        raise UserError("--tokens: expected a run with a teacher, whose psi it shows")
     print(f"{ANSWERS} answers of each model at temperature 1; the same command repeats them")
-    if past.data or not TOY_PROMPT.match(config.ask):
-        like = str(prompt).replace("\n", "\\n")[-200:]
-        print(f"these models only know prompts like: {printable(like)}")
-    answers = show_answers([config.ask] * ANSWERS, [ids] * ANSWERS,
-                           {name: model for name, (model, _, _) in models.items()}, tokenizer, past,
-                           config.seed)
-    for name, responses in answers.items() if config.tokens else ():
-        row, (teacher, teacher_ref, beta) = data.Example(ids, responses[0]), models["teacher"]
-        values = state_values("implicit", teacher, teacher_ref, [row], beta, 1)
-        psi = action_psi(values, [row], 1.0, "value")[0, len(ids) - 1:].tolist()
-        words = [printable(spoken([token], tokenizer).strip()) or "\u2423"
-                 for token in row.response]
-        print(f"\npsi of the first answer of {name}, implicit value of the teacher "
-              f"(sum {sum(psi):+.2f}):")
-        print("  " + " ".join(f"{word}[{x:+.2f}]" for word, x in zip(words, psi)))
+    if not past.data and not TOY_PROMPT.match(config.ask):
+        print("these models only know prompts like: Describe the dog: black, tiny, quick, ancient.")
+    show_answers([config.ask] * ANSWERS, [ids] * ANSWERS,
+                 {name: model for name, (model, _, _) in models.items()}, tokenizer, past,
+                 config.seed)
 
 
 def show_answers(prompts, ids, models, tokenizer, config, seed):
@@ -123,24 +99,19 @@ def show_answers(prompts, ids, models, tokenizer, config, seed):
                 text = " ".join(spoken(response, tokenizer).split())
                 reward = f"  (reward {data.reward(prompt, text):+.1f})" if rewarded else ""
                 print(f"  {name:<20} {printable(text[:300])}{reward}")
-    return answers
 
 
 def score_pairs(pairs, config, past, tokenizer, models):
     """scores.jsonl in --out: the pairs of --score in the layout of --data, with what models say.
-    Each line has the pair, "margins" and "logps" (of chosen and rejected) of every model and the
-    teacher's implicit values as "chosen_value" and "rejected_value". Pairs that do not fit the
-    context are left out, and named."""
+    Each line has the pair and its index, "margins" and "logps" (of chosen and rejected) of every
+    model and the teacher's implicit values as "chosen_value" and "rejected_value"."""
     fitting, ids, cut = data.encode(counted(pairs, "tokenised"), tokenizer, past.block_size)
     if not fitting:
         raise UserError(f"--score: expected a pair that fits in {past.block_size} tokens in "
                         f"{config.score}, got none")
     fits = set(map(id, fitting))
-    left_out = [str(i) for i, pair in enumerate(pairs) if id(pair) not in fits]
-    which = f": pairs {', '.join(left_out[:20])}{', ...' * (len(left_out) > 20)}" * bool(left_out)
-    print(f"{len(pairs)} pairs, counted from 0; {cut} with the prompt cut from the left, "
-          f"{len(left_out)} left out because a response does not fit in {past.block_size} tokens"
-          f"{which}")
+    print(f"{len(pairs)} pairs; {cut} with the prompt cut from the left, {len(pairs) - len(ids)} "
+          f"left out because a response does not fit in {past.block_size} tokens")
     lines = [{"pair": i, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected,
               "margins": {}, "logps": {}} for i, pair in enumerate(pairs) if id(pair) in fits]
     for name, (model, ref, beta) in models.items():

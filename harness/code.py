@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # The modules that make weights, values and numbers. What they import from beside them counts, too.
 SOURCES = ("tvkd", "model", "data", "train", "harness.steps", "harness.sampling",
-           "harness.evaluate", "harness.psi", "harness.tokenizers")
+           "harness.evaluate", "harness.tokenizers")
 OUTSIDE = "code outside of definitions"         # as torch.set_default_dtype(...): it reaches all
 
 

@@ -8,9 +8,8 @@ import torch
 from harness.errors import UserError
 
 
-def write(path, content, option="--out"):
-    """Bytes to a file, first under another name: a kill leaves the old file or the new one.
-    option: the one that named the folder, for the message where there is no room."""
+def write(path, content):
+    """Bytes to a file, first under another name: a kill leaves the old file or the new one."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -20,21 +19,13 @@ def write(path, content, option="--out"):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{option}: expected a folder with room to write {path}: "
-                        f"{error.strerror}") from None
+        raise UserError(f"expected a folder with room to write {path}: {error.strerror}") from None
 
 
 def refuse_inside(option, path, out):
     """Raise UserError for a file or folder of the user's in --out, which a run writes to."""
     if path and os.path.realpath(path).startswith(os.path.join(os.path.realpath(out), "")):
         raise UserError(f"--{option}: expected a path outside --out={out}, got {path}")
-
-
-def refuse_other_than_files(*paths):
-    """Raise UserError for a folder, a pipe or a device in a file's place: opening a pipe hangs."""
-    for path in paths:
-        if os.path.lexists(path) and not path.is_file():
-            raise UserError(f"{path}: expected a file as a run wrote it")
 
 
 def load_safely(file, name):

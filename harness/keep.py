@@ -24,7 +24,7 @@ import torch
 
 from harness.errors import printable, UserError
 from harness.code import reached
-from harness.files import load_safely, refuse_other_than_files, write
+from harness.files import load_safely, write
 from harness.progress import Progress
 from harness.steps import in_all, is_first, rank_and_world
 from harness.tokenizers import tokenizer_text
@@ -48,7 +48,7 @@ def file_of(stage, ending=".pt"):
 
 def read(path):
     """Content of a kept file, tensors on the CPU. Nothing that it contains is executed."""
-    raw = path.read_bytes() if path.is_file() else b""          # reading a pipe would hang
+    raw = path.read_bytes()
     if hashlib.sha256(raw[:-DIGITS]).hexdigest().encode() != raw[-DIGITS:]:
         raise UserError(f"{path}: expected a file as a run wrote it, got other bytes")
     content = load_safely(io.BytesIO(raw), path)
@@ -58,21 +58,18 @@ def read(path):
 def lock(folder):
     """Hold a run's folder until this process ends, however it ends: the system frees the lock.
     Raises UserError where another run holds it, and where files in the way are not a run's."""
-    found = [path for name in WRITTEN for path in sorted(folder.glob(name))]
-    refuse_other_than_files(folder / ".lock", folder / "log.jsonl")
-    mark = (folder / ".lock").read_bytes() if (folder / ".lock").exists() else b""
+    path, found = folder / ".lock", [x for name in WRITTEN for x in sorted(folder.glob(name))]
+    mark = path.read_bytes() if path.exists() else b""
     if (found or mark) and mark != MARK:            # other programs write a .lock, too
         raise UserError(f"--out: expected a new folder or that of a run, got {folder} with "
-                        f"{(*found, folder / '.lock')[0].name} and without the .lock of a run; "
-                        "choose another --out")
-    file = open(folder / ".lock", "ab", buffering=0)
+                        f"{(*found, path)[0].name} and without the .lock of a run; choose another")
+    file = open(path, "ab", buffering=0)
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise UserError(f"--out: expected a folder that no other run is using, got {folder}"
-                        ) from None
+        raise UserError(f"--out: expected a folder that no other run uses: {folder}") from None
     except OSError:                     # a file system without locks
         pass
     if not mark:
@@ -139,8 +136,8 @@ class Keep:
                 print(f"  {name}: kept in {printable(path)}", flush=True)
             return unpack(content, self.device)
         if trains:
-            with Progress(name, self.seed, self, checkpoint, key) as progress:
-                value, lines = f(*args, progress=progress), progress.lines
+            progress = Progress(name, self.seed, self, checkpoint, key)
+            value, lines = f(*args, progress=progress), progress.lines
         else:
             value = f(*args)
         self.put(path, key, {"log": lines, **pack(value)})
@@ -158,20 +155,16 @@ class Keep:
         if folder == self.opened or not is_first():
             return
         self.opened, self.digests = folder, {}          # the objects of the seed before may go
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = self.lock or lock(self.out)
-            if folder.is_symlink():
-                raise UserError(f"--out: expected {folder} as a folder of its own, got a link")
-            folder.mkdir(exist_ok=True)
-            for path in folder.glob("*.tmp"):
-                path.unlink()
-            if not self.log_file:
-                (self.out / "log.jsonl").unlink(missing_ok=True)        # it may be a link
-                self.log_file = open(self.out / "log.jsonl", "w", buffering=1, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out: expected a folder that can be written, got {self.out}: "
-                            f"{error.strerror}") from None
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = self.lock or lock(self.out)
+        if folder.is_symlink():
+            raise UserError(f"--out: expected {folder} as a folder of its own, got a link")
+        folder.mkdir(exist_ok=True)
+        for path in folder.glob("*.tmp"):
+            path.unlink()
+        if not self.log_file:
+            (self.out / "log.jsonl").unlink(missing_ok=True)            # it may be a link
+            self.log_file = open(self.out / "log.jsonl", "w", buffering=1, encoding="utf-8")
 
     def close(self):
         for file in filter(None, (self.log_file, self.lock)):
@@ -215,14 +208,13 @@ class Keep:
             return None
         try:
             content = read(path)
-        except (KeyError, TypeError, ValueError) as error:      # the first two: somebody wrote it
+        except (OSError, KeyError, TypeError, ValueError) as error:     # somebody else wrote it
             print(f"{printable(error)}; {path.name} rebuilt", flush=True)
             return None
         changed, stored = [], content["key"]
         for part in sorted(part for part in {*stored, *key} if stored.get(part) != key.get(part)):
             was, now = stored.get(part), key.get(part)
-            digests = any(isinstance(x, str) and len(x) == DIGITS for x in (was, now))
-            what = "changed" if digests else f"was {was!r}, is {now!r}"
+            what = f"was {was!r}, is {now!r}" if len(f"{was}{now}") < DIGITS else "changed"
             changed.append(printable(f"{part.removeprefix('code: ')} {what}"))
         if not changed:
             return content

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -13,12 +12,9 @@ from model import VALUES
 TERMINAL_OF = {**{name: usual for name, (_, usual) in VALUES.items()}, "given": "value"}
 SFT_RATE, DPO_RATE = 5e-5, 1e-5                 # usual for weights that are trained already
 USES_A_RUN = ("ask", "score", "export")         # these train nothing
-NEEDS = {"skip_bad": ("data", "score"), "tokens": ("ask",), "teacher": ("teacher_init",)}
+NEEDS = {"skip_bad": ("data", "score"), "teacher": ("teacher_init",)}
 FLAG, ANY, STEPS = (0, 1), (0, 2 ** 62), (-100, 2 ** 62)       # least, largest
 AMONG = {int: (1, 10 ** 6), float: (1e-12, 1e6)}               # where an option does not say
-GROUPS = {"data": "what to run", "ask": "use a finished run, train nothing", "alpha": "the loss",
-          "tokenizer": "data", "teacher_layers": "models", "batch_size": "training",
-          "samples": "measuring"}       # sections of --help, by their first option
 
 
 def option(default, help, with_data=None, among=None):
@@ -52,7 +48,6 @@ class Config:
     ask: str = option("", "answer this prompt with every model of the run in --out")
     score: str = option("", "score the pairs of this file into scores.jsonl in --out")
     export: str = option("", "write those models into this folder, for the transformers library")
-    tokens: int = option(0, "1, with --ask: psi of each token of a first answer", among=FLAG)
     alpha: float = option(1.0, "weight of the teacher's psi in TVKD; 0 is DPO, below 0 the plus "
                           "reading of the loss", None, (-1e6, 1e6))
     beta: float = option(1.0, "KL penalty of DPO, TVKD; larger stays closer to the reference", 0.1)
@@ -110,9 +105,7 @@ class Config:
         steps = {name: -getattr(self, name) * math.ceil(size / self.batch_size)
                  for name, size in sizes.items() if getattr(self, name) < 0}
         if steps:
-            rates = [f"{f.name}={getattr(self, f.name):g}" for f in fields(self)
-                     if f.name.endswith("lr")]
-            print("  --" + " --".join([*(f"{name}={n}" for name, n in steps.items()), *rates]))
+            print("  " + " ".join(f"--{name}={n}" for name, n in steps.items()))
         return replace(self, **steps)
 
     def terminal_of(self, kind):
@@ -165,34 +158,27 @@ def parse_args(argv, methods, description=None):
     for f in fields(Config):
         default, with_data = (",".join(d) if f.type is tuple else d
                               for d in (f.default, f.metadata["with_data"]))
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
         beside = f", with --data: {with_data}" if with_data != default else ""
-        group.add_argument(
+        parser.add_argument(
             f"--{f.name}", type=str if f.type is tuple else f.type, metavar=f.name.upper(),
             default=argparse.SUPPRESS, help=f"{f.metadata['help']} "
             f"(default: {'empty' if default == '' else default}{beside})")
-    for argument in sys.argv[1:] if argv is None else argv:
-        if argument.endswith("=--"):                    # argparse makes an empty list of it
-            parser.error(f"{argument[:-3]}: expected a value, got --")
-    given = {name: tuple(x.split(",")) if name in ("methods", "value") else x
-             for name, x in vars(parser.parse_args(argv)).items()}
-    for name in ("data", "out", "teacher", "teacher_init", "student_init", *USES_A_RUN):
-        if given.get(name) == "":                       # an unset shell variable, most likely
-            parser.error(f"--{name}: expected a value, got an empty one")
+    given = vars(parser.parse_args(argv))
+    for name, x in given.items():
+        if x in ("", []):           # an unset shell variable, most likely; argparse: [] for --
+            parser.error(f"--{name}: expected a value, got none")
+        given[name] = tuple(x.split(",")) if name in ("methods", "value") else x
     uses = [name for name in USES_A_RUN if name in given]
-    unused = set(given) - {*USES_A_RUN, "out", "seed", "device", "tokens", "skip_bad"}
+    unused = set(given) - {*USES_A_RUN, "out", "seed", "device", "skip_bad"}
     if unused and uses:
-        parser.error(f"--{min(unused)}: expected only --out, --seed, --device and --tokens beside "
-                     f"--{uses[0]}")
+        parser.error(f"--{min(unused)}: expected only --out, --seed, --device beside --{uses[0]}")
     for name, others in NEEDS.items():
         if name in given and not set(others) & set(given):
             parser.error(f"--{name}: expected --{' or --'.join(others)} beside it")
     for name in sorted(given):
         who, _, size = name.partition("_")
         if size in ("layers", "heads", "width") and f"{who}_init" in given:
-            parser.error(f"--{name}: expected none beside --{who}_init, whose weights have "
-                         "their sizes")
+            parser.error(f"--{name}: expected none beside --{who}_init, whose weights have sizes")
     defaults = {f.name: f.metadata["with_data"] for f in fields(Config)} if "data" in given else {}
     if "teacher_init" in given:
         defaults |= {"teacher_sft_lr": SFT_RATE, "teacher_dpo_lr": DPO_RATE}

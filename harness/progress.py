@@ -1,40 +1,22 @@
-"""What a stage of training reports while it runs: log, validation, checkpoints, Ctrl-C.
+"""What a stage of training reports while it runs: log, validation, checkpoints.
 
 `fit` in train.py calls `begin` once and `after` in every step. None of it changes what is trained.
 """
 
 import json
 import math
-import signal
-import sys
 import time
 
-from harness.steps import in_all, is_first
+from harness.steps import is_first
 
 
 class Progress:
-    """Prints. With a Keep it also logs, and holds a checkpoint in the file `path`, under `key`.
-    Inside a with-block the first Ctrl-C waits for the step's end and its checkpoint; a second one
-    does what it did before the block."""
+    """Prints. With a Keep it also logs, and holds a checkpoint in the file `path`, under `key`."""
 
     def __init__(self, stage="", seed=0, keep=None, path=None, key=None):
         self.stage, self.seed, self.keep, self.path, self.key = stage, seed, keep, path, key
         self.lines, self.first_step, self.tokens, self.seconds = [], 1, 0, 0.0
-        self.resumed, self.saved, self.pressed = time.perf_counter(), time.perf_counter(), False
-
-    def __enter__(self):
-        self.at_ctrl_c = signal.getsignal(signal.SIGINT)
-        if self.at_ctrl_c != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, self.press)
-        return self
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.at_ctrl_c)
-
-    def press(self, *_):
-        self.pressed = True
-        signal.signal(signal.SIGINT, self.at_ctrl_c)
-        print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        self.resumed = self.saved = time.perf_counter()
 
     def begin(self, model, optimizer, recipe, validate):
         """Before the first step -> how many steps an interrupted stage has behind it."""
@@ -78,16 +60,12 @@ class Progress:
                                    **metrics}))
             self.show(step, steps, metrics)
             self.resumed = time.perf_counter()
-        if self.keep:
-            stop = not in_all(not self.pressed)         # Ctrl-C in one process stops all of them
-            due = time.perf_counter() - self.saved >= self.keep.save_interval
-            if stop or due and step < steps:
-                self.keep.put(self.path, self.key, {
-                    "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                    "step": step, "log": self.lines})
-                self.saved = time.perf_counter()
-            if stop:
-                raise KeyboardInterrupt
+        due = self.keep and time.perf_counter() - self.saved >= self.keep.save_interval
+        if due and step < steps:
+            self.keep.put(self.path, self.key, {
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "step": step, "log": self.lines})
+            self.saved = time.perf_counter()
 
     def show(self, step, steps, metrics):
         numbers = "  ".join(f"{name} {x:.3f}" for name, x in metrics.items() if x is not None)

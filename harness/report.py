@@ -1,33 +1,21 @@
-"""One HTML page of a run: held-out pairs token by token, the table, the curves.
+"""One HTML page of a run: held-out pairs token by token, and the table.
 
 It loads nothing and runs nothing. All texts may come from anybody, so all are escaped.
 """
 
-import math
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 
 from harness.errors import printable
-from harness.table import cells, footnote
+from harness.numbers import cells, footnote
 
 SIDES = ("chosen", "rejected")
-CHARTS = ("loss per token", "loss per pair", "margin", "log-ratio of chosen",
-          "log-ratio of rejected", "val_kl", "val_reward")
-COLOURS = ("#2f81d6", "#c8741a", "#1f9d78", "#c2559a",          # readable on light and on dark
-           "#8069d8", "#d9534a", "#84931c", "#8a8a8a")
 
 
 def scale(low, high, start, end):
     """The linear map that takes low to start and high to end."""
     return lambda value: start + (value - low) / ((high - low) or 1) * (end - start)
-
-
-def ticks(low, high, most=5):
-    """Round numbers from low to high, at most `most` + 1: ticks(0, 60) = [0, 20, 40, 60]."""
-    step = 10 ** math.floor(math.log10(((high - low) or 1) / most))
-    step = next(m * step for m in (1, 2, 5, 10) if (high - low) / (m * step) <= most)
-    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def response_html(name, side, largest, height):
@@ -71,39 +59,7 @@ def pairs_html(pairs):
     return "".join(parts)
 
 
-def chart(key, lines, colour):
-    """One quantity by step. lines: (stage, seed) -> points (step, value)."""
-    steps, values = zip(*sum(lines.values(), []))
-    x, y = scale(0, max(steps), 40, 350), scale(min(values), max(values), 172, 10)
-    parts = [f'<path d="M40 {y(t):.2f}H350"/><text x="35" y="{y(t) + 4:.2f}">{t:g}</text>'
-             for t in ticks(min(values), max(values))]
-    parts += [f'<text x="{x(t) + 4:.2f}" y="190">{t:g}</text>' for t in ticks(0, max(steps))]
-    for (stage, _), line in lines.items():
-        points = " ".join(f"{x(step):.2f},{y(value):.2f}" for step, value in line)
-        parts.append(f'<polyline style="color:{colour[stage]}" points="{points}"/>')
-    names = " ".join(f'<b style="color:{colour[stage]}">{escape(printable(stage))}</b>'
-                     for stage in dict.fromkeys(stage for stage, _ in lines))
-    return (f'<figure><figcaption>{key}: {names}</figcaption><svg viewBox="0 0 360 196" role="img" '
-            f'aria-label="{key} by step">{"".join(parts)}</svg></figure>')
-
-
-def charts_html(log):
-    """The lines of log.jsonl, drawn: a line for each stage and seed."""
-    found, colour = {key: {} for key in CHARTS}, {}
-    for line in log:
-        numbers = {**line, f"loss per {'pair' if 'margin' in line else 'token'}": line["loss"]}
-        colour.setdefault(line["stage"], COLOURS[len(colour) % len(COLOURS)])
-        if "margin" in line:
-            numbers |= {f"log-ratio of {name}": line[f"policy_{name}"] - line[f"ref_{name}"]
-                        for name in SIDES}
-        for key in CHARTS:
-            if numbers.get(key) is not None:
-                points = found[key].setdefault((line["stage"], line["seed"]), [])
-                points.append((line["step"], numbers[key]))
-    return "".join(chart(key, lines, colour) for key, lines in found.items() if lines)
-
-
-def page(config, rows, shown, log):
+def page(config, rows, shown):
     """The page as text. rows: of the table; shown: what `psi_of_pairs` gave for each value."""
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     options = " ".join(f"--{name}={printable(x)}" for name, x in vars(config).items())
@@ -119,17 +75,11 @@ content="default-src 'none'; form-action 'none'; base-uri 'none'; style-src 'uns
 <h1>TVKD: what the teacher values</h1>
 <details><summary>The options of this run</summary>{escape(options)}</details>
 <p>psi_t = gamma Phi(s_t+1) - Phi(s_t). Phi is V, the teacher's value of the text so far, except
-perhaps in the last state. <span class="more" style="--a:.5">Blue</span>: after
-this token the teacher values the answer more; <span class="less" style="--a:.5">orange</span>:
-less. The line below the text is Phi, counted from the end of the prompt; with gamma = 1 its step
-across a token is that token's psi, and the sum is Phi of the finished answer less V of the prompt.
-Of all this TVKD reads one number per pair, the difference of the two sums: its loss is
--log sigmoid(the student's margin - alpha times that difference). Hover over a token, or tap it, for
-its numbers.</p>
+perhaps in the last state. <span class="more" style="--a:.5">Blue</span>: after this token the
+teacher values the answer more; <span class="less" style="--a:.5">orange</span>: less. The line
+below is Phi, counted from the end of the prompt; with gamma = 1 its step across a token is that
+token's psi. Of all this TVKD reads one number per pair, the difference of the two sums: its loss is
+-log sigmoid(the student's margin - alpha times that difference). Hover over a token, or tap it.</p>
 <h2>Held-out pairs of seed {rows[0]["seed"]}</h2>{pairs}
-<h2>Comparison</h2><div class="wide"><table>{table}</table></div><p>{footnote(rows)}</p>
-<h2>Training curves</h2><p>By step, a line for each seed; on the batch, val_ on validation prompts.
-Losses, log-ratios (policy - reference) and KL are in nats; DPO's loss starts at ln 2 = 0.69; the
-margin is beta (log-ratio of chosen - of rejected).</p>
-<div class="charts">{charts_html(log)}</div></html>
+<h2>Comparison</h2><div class="wide"><table>{table}</table></div><p>{footnote(rows)}</p></html>
 """

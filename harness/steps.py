@@ -24,9 +24,8 @@ TOKENS = 1500           # that a model reads at a time: more run no faster
 
 def gradient(model, loss, ids, micro_batch=0):
     """Fill .grad with the gradient of the mean loss over the batch -> the sums of the loss over it.
-    loss, ids: as train.py describes them; micro_batch: how many indices may be in memory at a time,
-    0: as fits best. We divide once by "n": parts are of unequal size, so a mean of means would be
-    wrong."""
+    micro_batch: how many indices may be in memory at a time, 0: as fits best. We divide once by
+    "n": parts are of unequal size, so a mean of means would be wrong."""
     rank, world = rank_and_world()
     share = ids[rank::world]
     weight = float(len(share) > 0)      # a process without data computes one index for nothing
@@ -73,9 +72,8 @@ def cut(lengths, ids, micro_batch, threads):
 
 
 def parts_of(order, lengths, most):
-    """Indices sorted by length -> parts of at most `most` of them. As few as keep what is read at a
-    time within some TOKENS and the padding within an eighth, at most eight where `most` allows
-    it."""
+    """Indices sorted by length -> parts of at most `most`. As few as keep what is read at a time
+    within some TOKENS and the padding within an eighth, at most eight where `most` allows it."""
     tokens = sum(sum(lengths[i]) for i in order)
     at_a_time = tokens // len(lengths[order[0]])
     fewest = max(math.ceil(len(order) / most), min(8, 1 + at_a_time // TOKENS))

@@ -7,7 +7,7 @@ first; N bytes of JSON, {"wte.weight": {"dtype": "F32", "shape": [300, 16], "dat
 """
 
 import json
-import pickletools
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -29,11 +29,9 @@ SETTINGS = {"model_type": ["gpt2"], "layer_norm_epsilon": [1e-5], "tie_word_embe
             "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
             "activation_function": ["gelu_new", "gelu_pytorch_tanh", "gelu"]}
 SINGLE = "model.safetensors"
-KNOWN = ("a checkpoint of nanoGPT or of this program, or the folder of a GPT-2 with config.json "
-         "and model.safetensors, as save_pretrained writes it (for LoRA after merge_and_unload)")
+KNOWN = ("a checkpoint of nanoGPT or of this program, or a GPT-2 folder, as save_pretrained writes "
+         "it (for LoRA after merge_and_unload)")
 MOST_JSON = 1_000_000       # bytes; the header of GPT-2 XL takes 60,000
-MOST_OBJECTS = 500_000      # of a pickle; GPT-2 XL with its optimizer takes 75,000
-MARK = "TVKD, the readable one"     # in an export, which another export may replace
 # A tokenizer.json has bytes as letters that can be seen: a space is chr(256 + 32).
 LETTERS = {byte: 256 + n for n, byte in enumerate([*range(33), *range(127, 161), 173])}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -89,8 +87,7 @@ def build(sizes, tensors, n_vocab, block_size, path):
 
 
 def first_bytes(path):
-    """MOST_JSON bytes or the whole file; but no pipe, which waits for a writer, and no device."""
-    expect(path.is_file() or not path.exists(), "a file", "a folder, a pipe or a device")
+    """MOST_JSON bytes, or the whole file."""
     raw = np.fromfile(path, np.uint8, MOST_JSON).tobytes()
     expect(raw[:8] != b"version ", f"{path.name}: run `git lfs pull`", "a pointer of Git LFS")
     return raw
@@ -101,30 +98,8 @@ def read_checkpoint(path):
     first_bytes(path)
     with zipfile.ZipFile(path) as archive:
         expect(not archive.testzip(), "undamaged files in the archive", "a wrong checksum")
-        for entry in archive.infolist():        # a few compressed kilobytes can be a huge pickle
-            expect(not entry.compress_type, "an archive without compression", "one with")
-            if entry.filename.lower().endswith(".pkl"):
-                check_pickle(archive.read(entry))
     content = load_safely(path, path.name)
     return {"gelu": "exact", **(content.get("model_args") or content["config"])}, content["model"]
-
-
-def check_pickle(pickled):
-    """Refuse one of too many objects, counted without running it and as if none was shared: if a
-    tuple holds one twice, which holds one twice, and so on, 300 bytes are 2^60 tuples, all of which
-    are hashed where it is a key. Nesting them 200,000 deep ends Python: a level adds 1 %."""
-    stack, memo = [], {}        # counts; 0 is a mark
-    for step, argument, _ in pickletools.genops(pickled):
-        held = memo[argument] if "GET" in step.name else 0
-        for kind in reversed(step.stack_before):
-            held += 0 if kind is pickletools.stackslice else stack.pop()
-            while kind is pickletools.stackslice and stack[-1]:
-                held += stack.pop()
-        count = 0 if step.name == "MARK" else 1 + 1.01 * held
-        expect(count < MOST_OBJECTS, f"a pickle of fewer than {MOST_OBJECTS:,} objects", "more")
-        stack += [count] * len(step.stack_after)
-        if "PUT" in step.name:
-            memo[argument] = stack[-1]
 
 
 def read_folder(folder):
@@ -156,16 +131,12 @@ def read_safetensors(path):
 
 
 def export_targets(folder, out, labels):
-    """{label: its folder in `folder`}, each of them outside --out and new, empty or an earlier
-    export without links that lead elsewhere. Raises UserError before anything is written."""
+    """{label: its folder in `folder`}: new ones, outside --out. Raises UserError if not."""
     targets = {label: Path(folder) / file_of(label, "") for label in labels}
     for target in targets.values():
         refuse_inside("export", target, out)
-        files = [*target.iterdir()] if target.exists() else []
-        ours = target / SINGLE in files and MARK.encode() in first_bytes(target / SINGLE)
-        if files and not ours or any(path.is_symlink() for path in (target, *files)):
-            raise UserError(f"--export: expected nothing at {target} or an earlier export alone; "
-                            f"remove what is there or name another folder")
+        if os.path.lexists(target):
+            raise UserError(f"--export: expected nothing at {target}, choose another folder")
     return targets
 
 
@@ -187,17 +158,16 @@ def export_model(model, folder, tokenizer):
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.decode([eos]),
              "eos_token": tokenizer.decode([eos]), "model_max_length": config.block_size}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
-    write(folder / SINGLE, to_safetensors(tensors), "--export")
+    write(folder / SINGLE, to_safetensors(tensors))
     # config.json last: without it nothing loads the folder, so a kill leaves no half of an export.
     for name, record in {"tokenizer.json": tokenizer_json(tokenizer),
                          "tokenizer_config.json": names, "config.json": settings}.items():
-        write(folder / name, json.dumps(record, indent=1).encode("ascii"), "--export")
+        write(folder / name, json.dumps(record, indent=1).encode("ascii"))
 
 
 def to_safetensors(tensors):
     """float32 tensors by name -> the bytes of a safetensors file."""
-    header, raw = {"__metadata__": {"format": "pt", "written_by": MARK}}, bytearray()
+    header, raw = {"__metadata__": {"format": "pt"}}, bytearray()
     for name, tensor in tensors.items():
         start = len(raw)
         raw += tensor.detach().cpu().numpy().astype("<f4").tobytes()

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from data import Pair
-from harness import psi, report, table
+from harness import evaluate, numbers, report
 from harness.evaluate import HeldOut, rows_of
 from harness.numbers import interval, t_quantile
 
 ATTACK = '</script></style>"\'><script>alert(2)</script><img src=x>\x1b[31m\x07\x9b\u202e\u2066\n'
-TAGS = set("html meta title style h1 h2 h3 h4 p b small span div article svg path polyline text "
-           "table tr td figure figcaption details summary".split())
+TAGS = set("html meta title style h1 h2 h3 h4 p b small span div article svg path polyline "
+           "table tr td details summary".split())
 TOKENS = ["<b>", ' "', "&amp;", "\n", " ", "\ufffd", "<|endoftext|>"]
 
 
@@ -45,7 +45,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.source, self.tags, self.text, self.into = text, set(), "", {}
-        self.tokens, self.table, self.figures = [], [], []
+        self.tokens, self.table = [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -56,19 +56,16 @@ class Page(HTMLParser):
             self.tokens.append(self.into)
         elif "tabindex" in self.into and tag == "span":
             self.into |= {"word": attributes["class"], "tint": float(attributes["style"][4:])}
-        elif tag == "figure":
-            self.into = {"text": "", "lines": []}
-            self.figures.append(self.into)
         elif tag == "tr":
             self.table.append([])
         elif tag == "polyline":
             line = [tuple(map(float, point.split(","))) for point in attributes["points"].split()]
-            self.into["lines"].append(line) if self.into else self.tokens[-1].update(line=line)
+            self.tokens[-1].update(line=line)
 
     handle_startendtag = handle_starttag
 
     def handle_endtag(self, tag):
-        if tag in ("figure", "span"):
+        if tag == "span":
             self.into = {}
 
     def handle_data(self, data):
@@ -79,8 +76,8 @@ class Page(HTMLParser):
             self.into["text"] += data
 
 
-def make_page(rows=ROWS, shown=((PAIR,),), log=(), **config):
-    return Page(report.page(SimpleNamespace(**config), list(rows), list(shown), list(log)))
+def make_page(rows=ROWS, shown=((PAIR,),), **config):
+    return Page(report.page(SimpleNamespace(**config), list(rows), list(shown)))
 
 
 @pytest.mark.parametrize("freedom, published", [
@@ -115,39 +112,37 @@ def test_table_by_hand():
     """Rewards 1 and 3 of two seeds: 2 +- 12.706 sqrt(2) / sqrt(2); one seed has its own interval.
     The accuracy is compared with DPO's where nobody knows a reward."""
     rows = [make_row("dpo", 1.0, acc_vs_dpo=0.5), make_row("dpo", 3.0, seed=1)]
-    assert "2.00 \u00b1 12.71" in table.table(rows) and "over 2 seeds" in table.table(rows)
-    one = table.table(rows[:1])
+    assert "2.00 \u00b1 12.71" in numbers.table(rows) and "over 2 seeds" in numbers.table(rows)
+    one = numbers.table(rows[:1])
     assert "1.00 \u00b1 0.50" in one and "n = 20" in one and "+0.500" not in one
     rows = [make_row("dpo", None), make_row("kd", None, acc_vs_dpo=-0.25)]
-    heads, dpo, kd, *_ = table.table(rows).splitlines()
+    heads, dpo, kd, *_ = numbers.table(rows).splitlines()
     assert heads.split() == "model held-out accuracy minus DPO KL to reference tokens".split()
     assert dpo.split()[4] == "-" and "-0.250 \u00b1 0.062" in kd
 
 
 def test_psi_in_the_terminal(capsys):
-    """psi 2, -1, 0 of a largest 2: tint levels 4 (more), 2 (less), 0; white space gets a sign."""
+    """White space gets a sign, an escape a mark; lines of 21 characters, then of one token."""
     side = {"tokens": [" red", "\n", "x\x1b"], "psi": [2.0, -1.0, 0.0]}
     pair = {"value": "implicit", "terminal": "value", "chosen": side, "rejected": side}
-    table.show_psi(pair, colour=False, width=21)                # exactly two
+    numbers.show_psi(pair, width=21)
     expected = "chosen (sum +1.00):\n  red[+2.00] \u2423[-1.00]\n  x\ufffd[+0.00]\n"
     assert expected in capsys.readouterr().out
-    table.show_psi(pair, colour=True, width=80, most=2)
-    out = capsys.readouterr().out
-    assert f"48;5;{table.TINTS[4]}mred\033[0m[+2.00]" in out
-    assert f"48;5;{table.TINTS[-2]}m\u2423" in out and out.count("... and 1 more") == 2
+    numbers.show_psi(pair, width=80, most=2)
+    assert capsys.readouterr().out.count("  red[+2.00] \u2423[-1.00] ... and 1 more\n") == 2
 
 
 @pytest.mark.parametrize("terminal, last", [("value", 9.0), ("hold", 12.0), ("zero", 0.0)])
 def test_psi_of_pairs_by_hand(monkeypatch, terminal, last):
     """V = 7, 10, 12, 9 of prompt 1 2, response 3 EOS: s_p has 10, and psi = 12 - 10 and Phi(s_end)
     - 12, with Phi(s_end) 9, 12 or 0. V = 7, 10, 4 of the other response, EOS alone."""
-    monkeypatch.setattr(psi, "state_values", lambda *args: [
+    monkeypatch.setattr(evaluate, "state_values", lambda *args: [
         torch.tensor(V) for V in ([7.0, 10.0, 12.0, 9.0], [7.0, 10.0, 4.0])
         if args[:3] == ("new", "teacher", "teacher_ref") and args[4] == 2.0])
-    monkeypatch.setattr(psi, "text_of", lambda ids, tokenizer: tokenizer[ids[0]])
+    monkeypatch.setattr(evaluate, "text_of", lambda ids, tokenizer: tokenizer[ids[0]])
     held_out = HeldOut([Pair([1, 2], [3, 0], [0])], [Pair("the cat: red", " red", "")],
                        {3: " red", 0: "<EOS>"}, True, 1, 8, 4, seed=5)
-    shown, = psi.psi_of_pairs("new", terminal, 1.0, "teacher", "teacher_ref", 2.0, held_out)
+    shown, = evaluate.psi_of_pairs("new", terminal, 1.0, "teacher", "teacher_ref", 2.0, held_out)
     chosen, rejected = shown.pop("chosen"), shown.pop("rejected")
     assert shown == {"seed": 5, "value": "new", "terminal": terminal, "prompt": "the cat: red"}
     assert chosen == {"tokens": [" red", "<EOS>"], "kinds": ["right", "EOS"], "reward": 0.0,
@@ -158,7 +153,7 @@ def test_psi_of_pairs_by_hand(monkeypatch, terminal, last):
 def test_token_kinds_by_hand():
     tokens = [" Of", " course!", " The", " cat", " is", " red", " and", " bi", "g", ".", " Now go",
               " away.", "<EOS>"]
-    assert psi.token_kinds("the cat: red", "".join(tokens[:-1]), tokens) == [
+    assert evaluate.token_kinds("the cat: red", "".join(tokens[:-1]), tokens) == [
         *2 * ["polite"], "", "right", "", "right", "", *2 * ["wrong"], "", *2 * ["rude"], "EOS"]
 
 
@@ -190,8 +185,7 @@ def test_every_token_has_its_numbers():
 
 def test_hostile_texts_come_out_as_text():
     pair = {**PAIR, "prompt": ATTACK, "value": "<i>"}
-    page = make_page([make_row(f"<b>{ATTACK}", 1.0)], [[pair]], data=f"<b>&{ATTACK}",
-                     log=[{"seed": 0, "stage": ATTACK, "step": 1, "loss": 1.0}])
+    page = make_page([make_row(f"<b>{ATTACK}", 1.0)], [[pair]], data=f"<b>&{ATTACK}")
     assert [token["text"] for token in page.tokens[:7]] == [*TOKENS[:3], "\u21b5", *TOKENS[4:]]
     assert ATTACK in page.text and "--data=<b>&</script>" in page.text and "<i>/value" in page.text
     assert "<script" not in page.source and page.tags <= TAGS
@@ -217,47 +211,11 @@ def test_the_table_of_the_page():
         ["sft", "1.00 \u00b1 0.50", "-1.00 \u00b1 0.25", *rest],
         ["dpo", "2.00 \u00b1 0.50", "-", *rest],
         ["tvkd implicit/value", "4.00 \u00b1 0.50", "+2.00 \u00b1 0.25", *rest]]
-    assert table.footnote(ROWS) in page.text
-
-
-def make_log():
-    """Two seeds of dpo, whose margin is 1, 5, 10 and 1, 9, 10."""
-    log = [{"seed": 0, "stage": "student-sft", "step": step, "loss": 8 / step}
-           for step in (1, 2, 4)]
-    log += [{"seed": 0, "stage": "kd", "step": step, "loss": 3.0, "val_kl": 2.0, "val_reward": None}
-            for step in (1, 2)]
-    log += [{"seed": seed, "stage": "dpo", "step": step, "loss": 0.5, "margin": margin,
-             "policy_chosen": -step, "ref_chosen": {1: -1, 5: -3, 10: -2}[step],
-             "policy_rejected": -4.0, "ref_rejected": -3.0}
-            for seed, margins in enumerate(((1, 5, 10), (1, 9, 10)))
-            for step, margin in zip((1, 5, 10), margins)]
-    log[-1].update(val_kl=1.0, val_reward=0.5)
-    return log
-
-
-def test_curves():
-    """A chart for each quantity, a line for each stage and seed; None is no point. Loss 8, 4, 2 at
-    steps 1, 2, 4 of 4: 77.5 pixels a step from 40, 27 for 1 from 172 up. Margin 5 of 1 to 10: 18
-    for 1. The log-ratio of chosen is -1 + 1 = 0, -2 and -8: 20.25 for 1."""
-    figures = make_page(shown=[], log=make_log()).figures
-    assert [figure["text"].split(":")[0] for figure in figures] == list(report.CHARTS)
-    assert [[len(line) for line in figure["lines"]] for figure in figures] == [
-        [3, 2], *4 * [[3, 3]], [2, 1], [1]]
-    assert [figures[i]["lines"][0] for i in (0, 2, 3)] == [
-        [(117.5, 10.0), (195.0, 118.0), (350.0, 172.0)],
-        [(71.0, 172.0), (195.0, 100.0), (350.0, 10.0)],
-        [(71.0, 10.0), (195.0, 50.5), (350.0, 172.0)]]
-    assert figures[2]["lines"][1][1] == (195.0, 28.0)               # of the other seed
-    assert ": student-sft kd" in figures[0]["text"] and ": kd dpo" in figures[5]["text"]
-
-
-def test_ticks():
-    assert [report.ticks(*ends) for ends in ((0, 60), (0, 94), (-1.2, 0.3), (3.5, 3.5))] == [
-        [0, 20, 40, 60], [0, 20, 40, 60, 80], [-1, -0.5, 0], [3.5]]
+    assert numbers.footnote(ROWS) in page.text
 
 
 def test_nothing_on_the_network_and_every_tag_closed():
-    page = make_page(log=make_log())
+    page = make_page()
     source, policies = re.subn(r"<meta http-equiv[^>]*default-src 'none'[^>]*>", "", page.source)
     assert policies == 1 and "script" not in page.source
     assert not re.search(r"https?:|//|url\(|@import|\bsrc\b|\bhref\b|<link", source)

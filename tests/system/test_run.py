@@ -21,8 +21,8 @@ from conftest import ROOT, close
 from data import Pair
 from harness import keep, options
 from harness.errors import CheckFailed, UserError
-from harness.options import GROUPS, Config, parse_args
-from harness.outcome import exit_code
+from harness.options import Config, parse_args
+from harness.command import exit_code
 from harness.preferences import load_pairs
 from harness.texts import load_task
 from small_run import (SMALL, TINY, bytes_of, ended, forked, main_after, refused, rows_of, run,
@@ -76,9 +76,8 @@ def test_code_of_the_docs(default_run, monkeypatch, capsys):
 
 def test_ask(default_run, capsys):
     """Three answers of every model, with the true reward where the toy task has one; the same
-    command repeats them. psi of the tokens adds up to what is printed as its sum. A free question
-    has no reward."""
-    printed, command = [], [f"--out={default_run.out}", "--device=cpu", "--tokens=1"]
+    command repeats them. A free question has no reward."""
+    printed, command = [], [f"--out={default_run.out}", "--device=cpu"]
     for prompt in ("Describe the dog: black, tiny, quick, ancient.", ) * 2 + ("Describe it.",):
         assert train.main([*command, f"--ask={prompt}"]) == 0
         printed.append(capsys.readouterr().out)
@@ -87,12 +86,7 @@ def test_ask(default_run, capsys):
         assert len(re.findall(rf"^  {name} .*\(reward [+-]", printed[0], re.MULTILINE)) == 3
         assert len(re.findall(rf"^  {name} ", printed[2], re.MULTILINE)) == 3
     assert "reward" not in printed[2]
-    parts = re.findall(r"psi of the first answer of (.*), implicit.*\(sum (.*)\):\n  (.*)",
-                       printed[0])
-    assert [name for name, _, _ in parts] == LABELS
-    for _, total, tokens in parts:
-        psi = [float(number) for number in re.findall(r"\[([+-]\d+\.\d\d)\]", tokens)]
-        assert 1 <= len(psi) <= 12 and sum(psi) == pytest.approx(float(total), abs=0.005 * 13)
+    assert "only know prompts like" not in printed[0] and "only know prompts like" in printed[2]
     for more, message in ((["--ask=a\udcffb"], "--ask: expected text in UTF-8"),
                              (["--seed=1", "--ask=a"], "--seed: expected one of the run's, 0")):
         assert message in refused(capsys, *command, *more)
@@ -106,8 +100,8 @@ def test_score(default_run, out, tmp_path, capsys):
     pairs = [*data.toy_splits(24, 6, 10, 0).test, Pair("a", "b", "\u00e9" * 100)]
     path = write_pairs(tmp_path / "pairs.jsonl", pairs)
     assert train.main([f"--out={out}", f"--score={path}", "--device=cpu"]) == 0
-    assert ("11 pairs, counted from 0; 7 with the prompt cut from the left, 1 left out because a "
-            "response does not fit in 64 tokens: pairs 10\n") in capsys.readouterr().out
+    assert ("11 pairs; 7 with the prompt cut from the left, 1 left out because a response does not "
+            "fit in 64 tokens\n") in capsys.readouterr().out
     lines = (out / "scores.jsonl").read_text(encoding="utf-8").splitlines()
     lines = [json.loads(line) for line in lines]
     assert [Pair(*(line[name] for name in Pair._fields[:3])) for line in lines] == pairs[:10]
@@ -170,7 +164,7 @@ def test_what_a_run_did_not_write(out, tmp_path, capsys):
         (theirs / name).write_text("mine", encoding="utf-8")
     assert "without the .lock of a run" in refused(capsys, *SMALL, f"--out={theirs}")
     assert {(theirs / name).read_text() for name in ("log.jsonl", "results.json")} == {"mine"}
-    assert "--ask: expected a value, got --" in refused(capsys, f"--out={out}", "--ask=--")
+    assert "--ask: expected a value, got none" in refused(capsys, f"--out={out}", "--ask=--")
     (out / "log.jsonl").unlink()
     (out / "log.jsonl").symlink_to(theirs / "log.jsonl")
     assert train.main([*SMALL, f"--out={out}"]) == 0 and train.main(ask) == 0
@@ -311,11 +305,10 @@ def test_what_is_cut_left_out_and_dropped_is_counted(tmp_path, capsys):
     (["--steps=0"], "--steps: expected at least 1, or -N for N epochs, got 0"),
     (["--batch_size=1" + "0" * 30], "--batch_size: expected 1 to 1000000, got 1000000"),
     (["--seed=99999999999999999999"], "--seed: expected at least 0, got 9999"),
-    (["--ask="], "--ask: expected a value, got an empty one"),
+    (["--ask="], "--ask: expected a value, got none"),
     (["--ask=hi"], "--out: expected the folder of a finished run with --seed=0, got"),
     (["--ask=hi", "--steps=5"],
-     "--steps: expected only --out, --seed, --device and --tokens beside --ask"),
-    (["--tokens=1"], "--tokens: expected --ask beside it"),
+     "--steps: expected only --out, --seed, --device beside --ask"),
     (["--train_pairs=0"], "--train_pairs: expected at least 1 on the toy task"),
     (["--train_pairs=100000"],
      "--train_pairs + --val_pairs + --test_pairs: expected at most 15552"),
@@ -323,8 +316,8 @@ def test_what_is_cut_left_out_and_dropped_is_counted(tmp_path, capsys):
      "--student_pairs: expected at most the 40 training pairs, got 50"),
     (["--vocab_size=100", "--train_pairs=9"], "--vocab_size: expected at least 257"),
     (["--tokenizer=gpt9", "--train_pairs=9"], "--tokenizer: expected one of"),
-    ([*TINY, "--out=/dev/null"], "--out: expected a folder that can be written, got /dev/null:"),
-    ([*TINY, "--out=/dev/null/x"], "--out: expected a folder that can be written, got /dev/null/x"),
+    ([*TINY, "--out=/dev/null"], "expected files that can be read and written: [Errno 17] File"),
+    ([*TINY, "--out=/dev/null/x"], "written: [Errno 20] Not a directory: '/dev/null/x'"),
     (["--data=a\nb\x1b[31m\x07\u202e"], "a\ufffdb\ufffd[31m\ufffd\ufffd: expected a readable"),
 ])
 def test_bad_options(capsys, tmp_path, options, message):
@@ -333,14 +326,12 @@ def test_bad_options(capsys, tmp_path, options, message):
 
 
 def test_help_lists_every_option_in_its_section(capsys):
-    """In the order of Config, each with its default; the sections with their titles."""
+    """In the order of Config, each with its default."""
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
     printed = capsys.readouterr().out
     options = re.findall(r"^  --(\w+) [A-Z_]+", printed, re.MULTILINE)
     assert stop.value.code == 0 and options == [f.name for f in fields(Config)]
-    groups = [*GROUPS.values()]
-    assert [line[:-1] for line in printed.splitlines() if line[:-1] in groups] == groups
     assert " ".join(printed.split()).count(" (default: ") == len(options)
 
 
@@ -416,7 +407,7 @@ def odd_surroundings():
 @pytest.mark.parametrize("prepare, status, message", [
     (close_stdout, 0, ""), (odd_surroundings, 0, ""),
     (print_to_nobody, 141, "stopped: nobody reads its output; the same command continues"),
-    (print_to_full, 2, "expected files that can be read and written: stdout: [Errno 28] No space "
+    (print_to_full, 2, "expected files that can be read and written: [Errno 28] No space "
      "left on device"),
 ])
 def test_surroundings(tmp_path, prepare, status, message):
@@ -429,20 +420,14 @@ def test_surroundings(tmp_path, prepare, status, message):
 
 @pytest.mark.slow
 def test_as_a_command(tmp_path):
-    """python train.py in ASCII, into a folder whose name is no text, and from a deleted folder.
-    Warnings are errors, so no file stays open."""
+    """python train.py in ASCII, into a folder whose name is no text. Warnings are errors, so no
+    file stays open."""
     command = [sys.executable, "-W", "error", str(ROOT / "train.py"), *TINY, "--methods=tvkd"]
     out, ascii_only = f"{tmp_path}/\udcff", {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([*command, f"--out={out}"], capture_output=True, env=ascii_only)
     assert done.returncode == 0 and b"0.500 ? " in done.stdout and done.stderr == b""
     results = (Path(out) / "results.json").read_text(encoding="utf-8")
     assert json.loads(results)["config"]["out"] == f"{tmp_path}/\ufffd"
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    done = subprocess.run(["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', gone, *command],
-                          stderr=subprocess.PIPE)
-    assert (done.returncode, done.stderr) == (
-        2, b"expected a working folder that exists, got one that was deleted\n")
 
 
 @pytest.mark.parametrize("option", ["data", "teacher_init", "student_init", "score"])
@@ -465,7 +450,7 @@ def test_nothing_reaches_the_terminal_but_text(tmp_path, capsys):
     command = [*TINY, f"--data={path}", f"--out={out}", "--methods=dpo", "--train_pairs=20"]
     use = [f"--out={out}", "--device=cpu"]
     for argv in (command, command, [*command, "--beta=2"],
-                 [*use, f"--ask={odd} why?", "--tokens=1"], [*use, f"--score={path}"],
+                 [*use, f"--ask={odd} why?"], [*use, f"--score={path}"],
                  [*use, f"--export={tmp_path / odd}"], [*TINY, f"--out={path}"]):
         train.main(argv)
         printed = capsys.readouterr()

@@ -19,7 +19,7 @@ import torch
 import train
 from conftest import ROOT
 from data import Example, Pair, collate
-from harness import evaluate, keep, outcome
+from harness import command, evaluate, keep
 from harness.errors import UserError
 from harness.options import in_bfloat16, parse_args
 from harness.steps import gradient, in_all, joined_processes, rank_and_world
@@ -103,14 +103,14 @@ def test_two_processes_have_the_gradient_of_the_batch(tmp_path):
 def train_on(rank, out, *options, before=None):
     """train.main, after before() in the second process, which must neither write nor evaluate."""
     if rank == 1:
-        keep.write = outcome.write = evaluate.evaluate = None
+        keep.write = command.write = evaluate.evaluate = None
         if before:
             before()
     return train.main([*TINY, f"--out={out}", *options])
 
 
-def train_until(rank, out, number):
-    return train_on(rank, out, before=partial(signal_after, 3, number))
+def train_until(rank, out):
+    return train_on(rank, out, "--save_interval=0", before=partial(signal_after, 3, signal.SIGKILL))
 
 
 def test_two_processes_train(tmp_path):
@@ -127,14 +127,16 @@ def test_two_processes_train(tmp_path):
 
 
 def test_what_ends_one_process_ends_all(tmp_path):
-    """Killed in its first stage: the other does not wait for ever, and nothing is kept. Ctrl-C: all
-    stop after the same step, with a checkpoint from the first."""
-    killed, stopped = tmp_path / "killed", tmp_path / "stopped"
-    first, second = two_processes(killed, train_until, signal.SIGKILL)
+    """The second dies in step 3 of its first stage: the first does not wait for ever, and leaves
+    its checkpoint of that step. Both go on from it to the log of a run that nothing ended."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    first, second = two_processes(out, train_until)
     assert second == -signal.SIGKILL and first not in (0, second)
-    assert not (killed / "results.json").exists() and not list(killed.glob("seed0/*.pt"))
-    assert two_processes(stopped, train_until, signal.SIGINT) == [130, 130]
-    assert keep.read(stopped / "seed0" / "teacher-sft.pt.partial")["step"] == 3
+    assert not (out / "results.json").exists() and not list(out.glob("seed0/*.pt"))
+    for folder in (out, whole):
+        assert two_processes(folder, train_on) == [0, 0], printed_by(f"{folder}.0")
+    assert "teacher-sft: resumed at step 3" in printed_by(f"{out}.0")
+    assert log_of(out) == log_of(whole) and rows_of(out) == rows_of(whole)
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch):

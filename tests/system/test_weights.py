@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import struct
-import zipfile
 
 import pytest
 import tiktoken
@@ -99,11 +98,11 @@ def refused(path, n_vocab=300, block_size=32):
 
 
 def test_bytes_by_hand():
-    """The header's lines have 70 + 55 = 125 characters; with three spaces they are 128, 80 in
+    """The header's lines have 32 + 55 = 87 characters; with a space they are 88, 58 in
     hexadecimal. 1.0 is 3f800000, -0.5 is bf000000, the lowest byte first."""
     assert weights.to_safetensors({"a": torch.tensor([[1.0, -0.5]])}) == (
-        b'\x80\0\0\0\0\0\0\0{"__metadata__":{"format":"pt","written_by":"TVKD, the readable one"},'
-        b'"a":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}   '
+        b'\x58\0\0\0\0\0\0\0{"__metadata__":{"format":"pt"},'
+        b'"a":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}} '
         b'\0\0\x80\x3f\0\0\0\xbf')
 
 
@@ -155,32 +154,23 @@ def test_a_vocabulary_by_hand():
 
 
 def test_half_an_export_is_none(tmp_path, monkeypatch):
-    """Killed at its second file, it leaves a folder that nothing loads, over an old one too."""
-    export_model(gpt(), tmp_path, TOKENIZER)
+    """Killed at its second file, it leaves a folder that nothing loads."""
     monkeypatch.setattr(weights, "tokenizer_json", None)
     with pytest.raises(TypeError):
         export_model(gpt(bias=False), tmp_path, TOKENIZER)
     assert "config.json" in refused(tmp_path)
 
 
-def test_an_export_replaces_an_export_alone(tmp_path):
-    """Free are a new folder, an empty one and an export of before. A model that transformers wrote
-    has another header, and a link in an export may lead to one."""
+def test_an_export_replaces_nothing(tmp_path):
+    """Free is what is not there, outside --out, not even as a link that leads nowhere."""
     out, folder = tmp_path / "out", tmp_path / "models"
     (folder / "empty").mkdir(parents=True)
-    for name in ("export", "linked"):
-        export_model(gpt(), folder / name, TOKENIZER)
-    free = export_targets(folder, out, ["new", "empty", "export", "tvkd implicit/value"])
+    export_model(gpt(), folder / "export", TOKENIZER)
+    free = export_targets(folder, out, ["new", "tvkd implicit/value"])
     assert free["tvkd implicit/value"] == folder / "tvkd-implicit-value"
-    folder_of(folder / "foreign", conv1d(gpt()))
-    (folder / "notes").mkdir()
-    (folder / "notes" / "README.md").write_text("mine")
-    (folder / "link").symlink_to(folder / "empty")
     (folder / "dangling").symlink_to(tmp_path / "elsewhere")
-    (folder / "loop").symlink_to(folder / "loop")
-    (folder / "linked" / "model.safetensors.tmp").symlink_to(folder / "foreign" / "config.json")
-    for name in ("foreign", "notes", "link", "dangling", "loop", "linked"):
-        with pytest.raises(UserError, match=f"expected nothing at .*{name} or an earlier"):
+    for name in ("export", "empty", "dangling"):
+        with pytest.raises(UserError, match=f"expected nothing at .*{name}, choose another"):
             export_targets(folder, out, ["new", name])
     (tmp_path / "to-out").symlink_to(out)
     for where in (out, out / "seed0", tmp_path / "to-out"):
@@ -278,18 +268,6 @@ def test_files_that_are_refused(tmp_path, make, message):
     assert message in refused(path)
 
 
-def test_pipes_and_devices_are_never_opened(tmp_path):
-    """In place of the checkpoint, the config, the weights, a shard: opening one would hang."""
-    os.mkfifo(tmp_path / "pipe")
-    paths = [tmp_path / "pipe", "/dev/zero"]
-    for name in ("config.json", "model.safetensors", "model-00001-of-00001.safetensors"):
-        paths.append(folder_of(tmp_path / name, conv1d(gpt())))
-        (paths[-1] / name).unlink(missing_ok=True)
-        os.mkfifo(paths[-1] / name)
-    for path in paths:
-        assert "expected a file, got a folder, a pipe or a device" in refused(path)
-
-
 def test_folders_and_files_of_other_kinds(tmp_path):
     """What people have in place of the folder or the file."""
     assert "config.json" in refused(tmp_path)       # an adapter's folder holds adapter_config.json
@@ -328,36 +306,17 @@ def test_content_that_is_refused(tmp_path, content, message):
 
 
 def test_bombs_are_refused(tmp_path):
-    """A flipped bit of a tensor; 600,000 lists in a compressed kilobyte; 2^60 tuples as key of a
-    dict; sizes whose repr has 2^60 brackets."""
+    """A flipped bit of a tensor; sizes whose repr has 2^60 brackets."""
     torch.save({"model": {"x": torch.zeros(999)}}, tmp_path / "ckpt.pt")
     raw = (tmp_path / "ckpt.pt").read_bytes()
     (tmp_path / "ckpt.pt").write_bytes(raw[:3000] + bytes([raw[3000] ^ 1]) + raw[3001:])
     assert "got a wrong checksum" in refused(tmp_path / "ckpt.pt")
-    with zipfile.ZipFile(tmp_path / "ckpt.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02](" + b"]" * 600_000 + b"e.")
-    assert "expected an archive without compression" in refused(tmp_path / "ckpt.pt")
-    wide, key = [], ()
+    wide = []
     for _ in range(60):
-        wide, key = [wide, wide], (key, key)
-    with zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as archive:     # {key: 1}, which Python hashes
-        archive.writestr("archive/data.pkl", b"\x80\x02}" + pickle.dumps(key, 2)[2:-1] + b"K\x01s.")
-    assert "a pickle of fewer than 500,000 objects, got more" in refused(tmp_path / "ckpt.pt")
+        wide = [wide, wide]
     for sizes in ({"n_layer": wide}, {"gelu": wide}):
         assert "TypeError" in refused(checkpoint(tmp_path / "ckpt.pt", gpt(), **sizes))
     assert load(checkpoint(tmp_path / "ckpt.pt", gpt(), bias=wide)).config.bias is True
-
-
-def test_objects_of_a_pickle_by_hand(monkeypatch):
-    """What holds others counts 1 + 1.01 times its content. Of [(1, 2), (1, 2)] each pair counts
-    1 + 1.01 * 2 = 3.02, also where the second is a reference, and another 1.01 of it there:
-    h counts 1 + 1.01 * 3.02 = 4.05, the list 1 + 1.01 (1 + 3.02 + 4.05) = 9.15, the end 10.24."""
-    pairs = b"\x80\x02](K\x01K\x02\x86q\x01h\x01e."          # ten steps
-    monkeypatch.setattr(weights, "MOST_OBJECTS", 10.25)
-    weights.check_pickle(pairs)
-    monkeypatch.setattr(weights, "MOST_OBJECTS", 10.24)
-    with pytest.raises(UserError, match="got more"):
-        weights.check_pickle(pairs)
 
 
 class Evil:
