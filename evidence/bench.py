@@ -25,9 +25,8 @@ import torch
 
 import data
 from evidence.records import Parser
-from harness.command import new_model
+from harness.command import exit_code, new_model
 from harness.options import Config
-from harness.command import exit_code
 from harness.steps import cut, gradient
 from harness.texts import load_task
 from model import GPT, GPTConfig, frozen_copy, pair_logps

@@ -32,9 +32,9 @@ from evidence.cells import (EXPERIMENTS, Experiment, Picker, as_row, defaults, e
                             record_name, tuning_experiment, tunings_of, with_options)
 from evidence.records import Parser
 from harness.code import definitions
+from harness.command import exit_code
 from harness.files import write
 from harness.keep import lock
-from harness.command import exit_code
 from harness.preferences import load_pairs
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -17,8 +17,8 @@ from evidence.cells import (COMPARED, EXPERIMENTS, FAMILIES, Picker, as_row, cho
 from evidence.figures import figures
 from evidence.records import (HEADINGS, Parser, built, grouped, holm, known, load, name_of, p_value,
                               plain_name, point)
-from harness.numbers import plus_minus, summary
 from harness.command import exit_code
+from harness.numbers import plus_minus, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ("docs/results.md", "docs/sweeps.md", "README.md")
@@ -40,6 +40,9 @@ BETWEEN = (             # what is compared with what: record, teacher, minuend, 
     ("unseen", "unseen", f"{SOFT}{UNSEEN}", f"{TVKD}{UNSEEN}"),
     ("knowledge", "full", SOFT, TVKD), ("knowledge", "full", KD, TVKD),
     ("knowledge", "facts", KD, TVKD), ("knowledge", "facts", SOFT, TVKD),
+    ("wrong", "flipped 0.2", KD, TVKD), ("wrong", "flipped 0.2", SOFT, TVKD),
+    *(("wrong", f"flipped 0.{n}", f"{KD}, {n}0% flipped", f"{TVKD}, {n}0% flipped")
+      for n in (2, 4)),
     ("frontier", "", f"{SOFT}, beta 0.5", TVKD),
     ("frontier", "", f"{SOFT}, beta 0.5", f"{TVKD}, beta 0.5"),
     ("frontier", "", SOFT, f"{TVKD}, beta 2"))
@@ -175,7 +178,8 @@ def between(records):
         if name in records:
             groups = grouped([row for row in records[name]["rows"]
                               if not teacher or row.get("teacher") == teacher])
-            title = f"{name}, taught {HEADINGS[teacher]}" if teacher in HEADINGS else name
+            of = f", taught {HEADINGS[teacher]}" if teacher in HEADINGS else f", teacher {teacher}"
+            title = name + of * (teacher not in ("", name))
             numbers[left, right, title, "vs_dpo"] = gap(groups[left], groups[right])
     texts, tested = texts_of(numbers)
     return markdown(["method", "minus", "record", "true reward"],
