@@ -225,5 +225,5 @@ class Keep:
         if is_first():
             file = io.BytesIO()
             # The key as one text: pickle writes equal texts once if they are one object.
-            torch.save({"key": json.dumps(key), **content}, file)
+            torch.save({"key": json.dumps(key, sort_keys=True), **content}, file)
             write(path, file.getvalue() + hashlib.sha256(file.getvalue()).hexdigest().encode())
