@@ -1,7 +1,5 @@
 """Everything around the method: options, kept files, threads and processes, files, the report.
-
-Nothing in this folder imports train.py.
-"""
+Nothing in this folder imports train.py."""
 
 import os
 import signal
@@ -10,8 +8,10 @@ import sys
 
 def stop_at_once(*_):
     """At Ctrl-C, as kill -9 does: every file is there as a whole, or not at all."""
-    os.write(2, f"{PROGRAM}: stopped; the same command continues from here\n".encode())
-    os._exit(130)
+    try:
+        os.write(2, f"{PROGRAM}: stopped; the same command continues from here\n".encode())
+    finally:                            # also where nobody reads stderr any more
+        os._exit(130)
 
 
 # Only where one of ours is the program, and not where Ctrl-C is ignored.

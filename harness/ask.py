@@ -54,7 +54,7 @@ def load_run(config, device):
 
 
 def use_run(config, device):
-    """--ask, --score and --export: first all that may be refused."""
+    """--ask, --score and --export: first what can be refused early."""
     refuse_inside("score", config.score, config.out)
     pairs = load_pairs(config.score, skip_bad=config.skip_bad) if config.score else None
     past, tokenizer, models = load_run(config, device)

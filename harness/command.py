@@ -39,8 +39,7 @@ def run(argv, experiment, methods, description):
     config = parse_args(argv, methods, description)
     device = pick_device(config.device)
     if config.ask or config.score or config.export:
-        use_run(config, device)
-        return
+        return None if under_torchrun() and os.environ["RANK"] != "0" else use_run(config, device)
     for option in ("data", "teacher_init", "student_init", "teacher"):
         refuse_inside(option, getattr(config, option), config.out)
     # Read once: a file that changes between two seeds must not be mixed.

@@ -19,7 +19,7 @@ def write(path, content):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"expected a folder with room to write {path}: {error.strerror}") from None
+        raise UserError(f"expected to write {path}: {error.strerror}") from None
 
 
 def refuse_inside(option, path, out):

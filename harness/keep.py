@@ -208,7 +208,7 @@ class Keep:
             return None
         try:
             content = read(path)
-        except (OSError, KeyError, TypeError, ValueError) as error:     # somebody else wrote it
+        except (OSError, KeyError, TypeError, ValueError) as error:     # another's, or unreadable
             print(f"{printable(error)}; {path.name} rebuilt", flush=True)
             return None
         changed, stored = [], content["key"]

@@ -37,7 +37,7 @@ class Recipe:
 
 @dataclass
 class Config:
-    data: str = option("", "file of preference pairs; empty: the toy task")
+    data: str = option("", "file of preference pairs; without: the toy task")
     skip_bad: int = option(0, "1: leave out rows that cannot be read, and count them", among=FLAG)
     methods: tuple = option(("bc", "kd", "dpo", "tvkd"), "methods that train the student, a row of "
                             "the table for each: any of bc, kd, dpo, tvkd, soft")
@@ -54,10 +54,10 @@ class Config:
     gamma: float = option(1.0, "discount of psi; below 1 the sum depends on length", None, (0, 1e6))
     value: tuple = option(("implicit", "logits"), "teacher's value, a TVKD row each: implicit (its "
                           "log-ratios), logits (their logsumexp), given (from the rows of --data)")
-    terminal: str = option("", "potential of the finished response; empty: hold for logits, else "
+    terminal: str = option("", "potential of the finished response; without: hold for logits, else "
                            "value", None, ("zero", "hold", "value", ""))
     teacher_beta: float = option(1.0, "of the teacher's own DPO, and so of its value", 0.1)
-    tokenizer: str = option("", "a name that tiktoken knows, as gpt2; empty: learned from the text")
+    tokenizer: str = option("", "a name tiktoken knows, as gpt2; without: learned from the text")
     vocab_size: int = option(512, "largest learned vocabulary, EOS included", 2048)
     block_size: int = option(64, "longest prompt + response + EOS, in tokens", 1024)
     train_pairs: int = option(3000, "that the teacher sees; 0: all that are left", 0, ANY)
@@ -165,7 +165,7 @@ def parse_args(argv, methods, description=None):
             f"(default: {'empty' if default == '' else default}{beside})")
     given = vars(parser.parse_args(argv))
     for name, x in given.items():
-        if x in ("", []):           # an unset shell variable, most likely; argparse: [] for --
+        if x in ("", "--", []):     # an unset shell variable, most likely; argparse: [] for --
             parser.error(f"--{name}: expected a value, got none")
         given[name] = tuple(x.split(",")) if name in ("methods", "value") else x
     uses = [name for name in USES_A_RUN if name in given]

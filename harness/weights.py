@@ -135,7 +135,7 @@ def export_targets(folder, out, labels):
     targets = {label: Path(folder) / file_of(label, "") for label in labels}
     for target in targets.values():
         refuse_inside("export", target, out)
-        if os.path.lexists(target):
+        if os.path.lexists(target) or os.path.isfile(folder):
             raise UserError(f"--export: expected nothing at {target}, choose another folder")
     return targets
 

@@ -155,7 +155,7 @@ def late(*_):
     raise TimeoutError("no answer after 10 s")
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs pipes, links and alarms of POSIX")
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs alarms of POSIX")
 @pytest.mark.parametrize("option", ["data", "score"])
 @pytest.mark.parametrize("kind", REFUSED)
 def test_command_line_refuses(option, kind, tmp_path, capsys):

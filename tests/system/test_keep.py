@@ -335,7 +335,7 @@ def edit(project, name, old, new):
 
 def test_edits_that_make_nothing_again(whole, project):
     """A new method, a change of one that was not asked for, comments, docstrings of a function, a
-    class and a module, line breaks, the report and the table with its colours."""
+    class and a module, line breaks, the report and the table."""
     for name, old, new in (
             ("train.py", "METHODS = {\n", "class IPO(DPO):\n    def losses(self, logps, ids):\n"
              "        return dpo_loss(*logps, *logps, 1) ** 2\n\n\nMETHODS = {\n"
@@ -403,7 +403,7 @@ def test_write_leaves_the_old_file_or_the_new(tmp_path, monkeypatch):
     """A disk that is full at the last moment: one line, the old content, no temporary file."""
     files.write(tmp_path / "x", b"old")
     monkeypatch.setattr(os, "fsync", no_room)
-    with pytest.raises(UserError, match="expected a folder with room to write .*x: No sp"):
+    with pytest.raises(UserError, match="expected to write .*x: No sp"):
         files.write(tmp_path / "x", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"old")]
 
