@@ -102,6 +102,7 @@ SIZES = [with_options(cell, **sizes, **({"teacher_width": width} if cell != DPO 
 
 # On files. Batches of 8 pairs on the first two, as train.py has them.
 ON_FILES = [DPO, TVKD, SOFT, KD, BC]
+ON_HUMAN = [*ON_FILES, KD_TVKD, KD_DPO]
 REAL = {"block_size": 256, "student_sft_steps": 200, "teacher_sft_steps": 200,
         "teacher_dpo_steps": 60, "steps": 120, "val_pairs": 150, "test_pairs": 250}
 HUMAN = {"block_size": 64, "batch_size": 64, "teacher_layers": 3, "teacher_heads": 8,
@@ -136,7 +137,7 @@ def record_name(kind, file):
 def tuning_experiment(name, file=None):
     """The Experiment that chooses settings, by name."""
     if name.startswith("tune_human"):
-        parts = [tuning(human([*ON_FILES, KD_TVKD], file, n), steps, split="choice", n=3).cells
+        parts = [tuning(human(ON_HUMAN, file, n), steps, split="choice", n=3).cells
                  for n, steps in HUMAN_STEPS.items()]
         return Experiment(TUNING_SEEDS, sum(parts, []))
     if name.startswith("tune_real"):
@@ -174,7 +175,7 @@ def experiment(name, pick, file=None):
     if name.startswith("human_"):
         [teacher, sft] = on_file([TEACHER, SFT], file, HUMAN)
         return Experiment(SWEEP_SEEDS, [teacher, sft, *(
-            pick(cell) for n in HUMAN_STEPS for cell in human([*ON_FILES, KD_TVKD], file, n))])
+            pick(cell) for n in HUMAN_STEPS for cell in human(ON_HUMAN, file, n))])
     return EXPERIMENTS[name](pick)
 
 
@@ -184,7 +185,7 @@ def main_table(pick):
 
 def care(pick):
     """The main methods, each at its own best settings and at its best ones of 60 steps."""
-    return Experiment(SEEDS, list(dict.fromkeys(
+    return Experiment(SWEEP_SEEDS, list(dict.fromkeys(
         pick(family[0], family, **setting) for setting in ({}, {"steps": 60})
         for family in FAMILIES.values())))
 
