@@ -102,7 +102,7 @@ SIZES = [with_options(cell, **sizes, **({"teacher_width": width} if cell != DPO 
 
 # On files. Batches of 8 pairs on the first two, as train.py has them.
 ON_FILES = [DPO, TVKD, SOFT, KD, BC]
-ON_HUMAN = [*ON_FILES, KD_TVKD, KD_DPO]
+ON_HUMAN = [*ON_FILES, KD_TVKD]
 REAL = {"block_size": 256, "student_sft_steps": 200, "teacher_sft_steps": 200,
         "teacher_dpo_steps": 60, "steps": 120, "val_pairs": 150, "test_pairs": 250}
 HUMAN = {"block_size": 64, "batch_size": 64, "teacher_layers": 3, "teacher_heads": 8,
@@ -110,6 +110,20 @@ HUMAN = {"block_size": 64, "batch_size": 64, "teacher_layers": 3, "teacher_heads
          "teacher_sft_steps": 600, "teacher_dpo_steps": 180, "teacher_dpo_lr": 3e-4,
          "student_sft_steps": 400, "val_pairs": 100, "test_pairs": 1400, "max_new_tokens": 32}
 HUMAN_STEPS = {300: (30, 60, 120), 3000: (60, 120, 240)}
+# Three more tries each, beyond the edges of that grid at which a method's best stood: steps, rate.
+HUMAN_BEYOND = {
+    300: [(DPO, ((15, 1e-4), (30, 3e-5), (15, 3e-5))),
+          (TVKD, ((240, 1e-4), (120, 3e-5), (240, 3e-5))),
+          (SOFT, ((60, 3e-5), (30, 3e-5), (240, 3e-4))),
+          (KD, ((60, 3e-2), (240, 1e-3), (15, 1e-2))),
+          (BC, ((15, 1e-3), (30, 3e-4), (15, 3e-4))),
+          (KD_TVKD, ((60, 1e-2), (30, 1e-2), (15, 1e-2)))],
+    3000: [(DPO, ((120, 3e-3), (60, 3e-3), (30, 1e-3))),
+           (TVKD, ((240, 3e-3), (480, 1e-3), (120, 3e-3))),
+           (SOFT, ((240, 3e-3), (480, 1e-3), (120, 3e-3))),
+           (KD, ((30, 3e-3), (30, 1e-2), (15, 1e-2))),
+           (BC, ((30, 1e-2), (60, 3e-2), (30, 3e-2))),
+           (KD_TVKD, ((120, 1e-2), (60, 1e-2), (240, 1e-2)))]}
 
 
 def tuning(cells, all_steps, rates=None, seeds=TUNING_SEEDS, split="val", first=0, n=4):
@@ -139,7 +153,10 @@ def tuning_experiment(name, file=None):
     if name.startswith("tune_human"):
         parts = [tuning(human(ON_HUMAN, file, n), steps, split="choice", n=3).cells
                  for n, steps in HUMAN_STEPS.items()]
-        return Experiment(TUNING_SEEDS, sum(parts, []))
+        beyond = [with_options(cell, steps=steps, lr=lr)._replace(split="choice")
+                  for n, methods in HUMAN_BEYOND.items() for method, tries in methods
+                  for cell in human([method], file, n) for steps, lr in tries]
+        return Experiment(TUNING_SEEDS, sum([*parts, beyond], []))
     if name.startswith("tune_real"):
         return tuning(on_file(ON_FILES, file), (120,), (1e-4, 3e-4, 1e-3), seeds=(100,))
     if name == "tune_care":
@@ -173,9 +190,10 @@ def experiment(name, pick, file=None):
         return Experiment(SWEEP_SEEDS, [*on_file([TEACHER, SFT], file),
                                         *map(pick, on_file(ON_FILES, file))])
     if name.startswith("human_"):
-        [teacher, sft] = on_file([TEACHER, SFT], file, HUMAN)
-        return Experiment(SWEEP_SEEDS, [teacher, sft, *(
-            pick(cell) for n in HUMAN_STEPS for cell in human(ON_HUMAN, file, n))])
+        cells = [pick(cell) for n in HUMAN_STEPS for cell in human(ON_HUMAN, file, n)]
+        cells += [cell._replace(method=KD_DPO.method, value=None, terminal=None)    # without psi
+                  for cell in cells if cell.method == KD_TVKD.method]
+        return Experiment(SWEEP_SEEDS, [*on_file([TEACHER, SFT], file, HUMAN), *cells])
     return EXPERIMENTS[name](pick)
 
 

@@ -192,7 +192,7 @@ def test_settings_are_chosen_by_mean_validation_reward():
 
 @pytest.mark.parametrize("name, tries", [
     ("tune", 6), ("tune_knowledge", 3), ("tune_sizes", 4), ("tune_epochs", 12), ("tune_real_x", 3),
-    ("tune_human_x", 9), ("tune_care", 16)])
+    ("tune_human_x", 12), ("tune_care", 16)])
 def test_every_method_has_the_same_tries(name, tries):
     """On seeds that are in no table. What `tune` has tried already is not tried again."""
     planned = cells.tuning_experiment(name, "x.jsonl")
