@@ -40,9 +40,9 @@ BETWEEN = (             # what is compared with what: record, teacher, minuend, 
     ("unseen", "unseen", f"{SOFT}{UNSEEN}", f"{TVKD}{UNSEEN}"),
     ("knowledge", "full", SOFT, TVKD), ("knowledge", "full", KD, TVKD),
     ("knowledge", "facts", KD, TVKD), ("knowledge", "facts", SOFT, TVKD),
-    ("wrong", "flipped 0.2", KD, TVKD), ("wrong", "flipped 0.2", SOFT, TVKD),
-    *(("wrong", f"flipped 0.{n}", f"{KD}, {n}0% flipped", f"{TVKD}, {n}0% flipped")
-      for n in (2, 4)),
+    *(("wrong", f"flipped 0.{n}", name, TVKD) for n in (2, 4) for name in (KD, SOFT)),
+    *(("wrong", f"flipped 0.{n}", f"{name}, {n}0% flipped", f"{TVKD}, {n}0% flipped")
+      for n in (2, 4) for name in (KD, SOFT)),
     ("frontier", "", f"{SOFT}, beta 0.5", TVKD),
     ("frontier", "", f"{SOFT}, beta 0.5", f"{TVKD}, beta 0.5"),
     ("frontier", "", SOFT, f"{TVKD}, beta 2"))
@@ -192,22 +192,24 @@ def care(records):
     pick = Picker(records["tune"]["rows"] + records["tune_care"]["rows"])
     at, numbers, chosen = grouped(records["care"]["rows"], identity), {}, {}
     for which, setting in (("own best", {}), ("at 60 steps", {"steps": 60})):
-        base = None
+        bases = []
         for name, family in FAMILIES.items():
             cell = pick(family[0], family, **setting)
             rows, row = at[identity(as_row(cell))], as_row(cell)
-            base = base or rows
+            bases = [*bases, rows][:2]                      # DPO and TVKD, which come first
             steps, lr, beta = point(row, ("steps", "lr", "beta"))
             chosen[name, which] = f"{steps}, {lr:g}, beta {beta:g}" \
                 + (f", temperature {cell.dose:g}" if "warm" in cell.control else "")
             numbers[name, which, "reward"] = known(rows, "reward")
-            numbers[name, which, "vs_dpo"] = gap(rows, base) if rows is not base else []
+            for base, place in ((bases[0], which), (bases[-1], f"{which}, TVKD")):
+                numbers[name, place, "vs_dpo"] = gap(rows, base) if rows is not base else []
     (texts, tested), whiches = texts_of(numbers), ("own best", "at 60 steps")
     return markdown(
         ["model", *(f"{which}{part}" for which in whiches for part in (
-            ": steps, rate", ", true reward", ", minus DPO"))],
+            ": steps, rate", ", true reward", ", minus DPO", ", minus TVKD"))],
         [[name, *(x for which in whiches for x in (
-            chosen[name, which], texts[name, which, "reward"], texts[name, which, "vs_dpo"]))]
+            chosen[name, which], texts[name, which, "reward"], texts[name, which, "vs_dpo"],
+            texts[name, f"{which}, TVKD", "vs_dpo"]))]
          for name in FAMILIES]) + note([records["care"]], tested)
 
 
