@@ -213,11 +213,11 @@ def care(records):
          for name in FAMILIES]) + note([records["care"]], tested)
 
 
-def settings(rows):
+def settings(rows, mark=""):
     """A line a method: for each number of steps its best score and the rate of it; * at an edge."""
     names = {without_setting(row): name_of(row) + (
-        f", {row['options']['student_pairs']} pairs" if "data" in row["options"] else "")
-        for row in rows}
+        f", {row['options']['student_pairs']} pairs" if "data" in row["options"] else "") + (
+        f", {size(row)}" if mark == "tune_sizes" else "") for row in rows}
     scores = choices(rows)
     all_steps = sorted({steps for of_kind in scores.values() for steps, _ in of_kind})
     lines = []
@@ -272,7 +272,7 @@ def tables(records):
         rows = [row for name, record in records.items() if name.startswith(mark)
                 and (mark != "tune" or name in ("tune", "tune_care")) for row in record["rows"]]
         if rows:
-            texts[mark] = built(mark, settings, rows)
+            texts[mark] = built(mark, settings, rows, mark)
     return texts
 
 
