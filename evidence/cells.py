@@ -110,7 +110,7 @@ HUMAN = {"block_size": 64, "batch_size": 64, "teacher_layers": 3, "teacher_heads
          "teacher_sft_steps": 600, "teacher_dpo_steps": 180, "teacher_dpo_lr": 3e-4,
          "student_sft_steps": 400, "val_pairs": 100, "test_pairs": 1400, "max_new_tokens": 32}
 HUMAN_STEPS = {300: (30, 60, 120), 3000: (60, 120, 240)}
-# Three more tries each, beyond the edges of that grid at which a method's best stood: steps, rate.
+# Three more tries each, beyond the edges of that grid: (steps, rate).
 HUMAN_BEYOND = {
     300: [(DPO, ((15, 1e-4), (30, 3e-5), (15, 3e-5))),
           (TVKD, ((240, 1e-4), (120, 3e-5), (240, 3e-5))),
