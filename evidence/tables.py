@@ -34,7 +34,8 @@ UNSEEN = ", pairs unseen by the teacher"
 BETWEEN = (             # what is compared with what: record, teacher, minuend, subtrahend
     *(("main", "", left, right) for left, right in (
         (KD, TVKD), (SOFT, TVKD), ("bc", TVKD), ("dpo, teacher's labels", TVKD), ("kd+dpo", KD),
-        ("kd+tvkd", KD), ("kd+tvkd", "kd+dpo"), (TVKD, f"{TVKD}, psi of other pairs"))),
+        ("kd+tvkd", KD), ("kd+tvkd", "kd+dpo"), (TVKD, f"{TVKD}, psi of other pairs"),
+        (TVKD, "dpo, beta / 2"))),
     *(("noise", "", f"{SOFT}, {share} flipped", f"{TVKD}, {share} flipped")
       for share in ("20%", "40%")),
     ("unseen", "unseen", f"{SOFT}{UNSEEN}", f"{TVKD}{UNSEEN}"),
@@ -230,7 +231,8 @@ def settings(rows, mark=""):
                 best = max(tried, key=tried.get)
                 edge = "*" if best in (min(tried), max(tried)) else ""
                 text = f"{tried[best]:.3f} ({best:g}{edge})"
-                text = f"**{text}**" if tried[best] == max(of_kind.values()) else text
+                if len(all_steps) > 1 and tried[best] == max(of_kind.values()):
+                    text = f"**{text}**"
             line.append(text)
         lines.append(line)
     return markdown(["best score (its rate)", *(f"{steps} steps" for steps in all_steps)], lines)
