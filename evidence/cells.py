@@ -257,14 +257,15 @@ EXPERIMENTS = {
     "knowledge": lambda pick: Experiment(KNOWLEDGE_SEEDS, list(map(pick, KNOWLEDGE))),
     "noise": noisy_labels, "unseen": unseen,
     "pairs": lambda pick: Experiment(
-        SWEEP_SEEDS, sweep([*map(pick, (DPO, TVKD, KD))], "student_pairs", (100, 300, 1000, 3000))),
+        SWEEP_SEEDS, sweep([pick(cell, steps=n) for n in (60, 120) for cell in (DPO, TVKD, KD)],
+                           "student_pairs", (100, 300, 1000, 3000))),
     "alpha": lambda pick: Experiment(
         SWEEP_SEEDS, [pick(DPO), *sweep([pick(TVKD)], "alpha", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0))]),
     "frontier": frontier}
 # A cell is compared with the DPO of the same values of these.
-SWEPT = {"pairs": ("student_pairs",), "noise": ("dose",), "unseen": ("dose",), "wrong": ("dose",),
-         "human": ("student_pairs",), "frontier": ("beta",), "epochs": ("steps",),
-         "sizes": ("student_width", "student_layers")}
+SWEPT = {"pairs": ("student_pairs", "steps"), "noise": ("dose",), "unseen": ("dose",),
+         "wrong": ("dose",), "human": ("student_pairs",), "frontier": ("beta",),
+         "epochs": ("steps",), "sizes": ("student_width", "student_layers")}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -103,11 +103,11 @@ def comparison(record, keys=TOY):
     return pivot(record, "model", name_of, None, keys)
 
 
-def sweep(record, option, corner, keys=("reward", "vs_dpo")):
-    """A line a value of the swept option, columns for each method."""
-    rows = sorted(record["rows"], key=lambda row: point(row, (option,)))    # stable
-    return pivot({**record, "rows": rows}, corner, lambda row: f"{point(row, (option,))[0]:g}",
-                 plain_name, keys)
+def sweep(record, options, corner, keys=("reward", "vs_dpo")):
+    """A line for the values of the swept options, columns for each method."""
+    rows = sorted(record["rows"], key=lambda row: point(row, options))      # stable
+    return pivot({**record, "rows": rows}, corner,
+                 lambda row: ", ".join(f"{x:g}" for x in point(row, options)), plain_name, keys)
 
 
 def taught(row):
@@ -246,14 +246,15 @@ def readme(record):
 
 
 PLANNED = (*EXPERIMENTS, "human", "real", "tune_human", "tune_sizes", "tune_epochs")
-PAIRS, FLIPPED = "student's pairs (the teacher's: 3,000)", "share of the student's labels flipped"
+PAIRS = "steps, student's pairs (the teacher's: 3,000)"
+FLIPPED = "share of the student's labels flipped"
 TABLES = {      # mark: what builds it from the record of this name, and its arguments
     "main": (comparison,), "unseen": (comparison, TOY[:2]), "knowledge": (knowledge,),
     "wrong": (wrong,), "sizes": (sizes,),
-    "alpha": (sweep, "alpha", "alpha", ("reward", "vs_dpo", "kl")),
-    "frontier": (sweep, "beta", "beta", ("reward", "vs_dpo", "kl")),
-    "pairs": (sweep, "student_pairs", PAIRS), "noise": (sweep, "dose", FLIPPED),
-    "epochs": (sweep, "steps", "steps (5, 10, 15: one, two, three epochs)")}
+    "alpha": (sweep, ("alpha",), "alpha", ("reward", "vs_dpo", "kl")),
+    "frontier": (sweep, ("beta",), "beta", ("reward", "vs_dpo", "kl")),
+    "pairs": (sweep, ("steps", "student_pairs"), PAIRS), "noise": (sweep, ("dose",), FLIPPED),
+    "epochs": (sweep, ("steps",), "steps (5, 10, 15: one, two, three epochs)")}
 
 
 def tables(records):
