@@ -39,6 +39,7 @@ BETWEEN = (             # what is compared with what: record, teacher, minuend, 
     *(("noise", "", f"{SOFT}, {share} flipped", f"{TVKD}, {share} flipped")
       for share in ("20%", "40%")),
     ("unseen", "unseen", f"{SOFT}{UNSEEN}", f"{TVKD}{UNSEEN}"),
+    ("unseen", "", f"{TVKD}, 40% flipped{UNSEEN}", f"{TVKD}, 40% flipped"),
     ("knowledge", "full", SOFT, TVKD), ("knowledge", "full", KD, TVKD),
     ("knowledge", "facts", KD, TVKD), ("knowledge", "facts", SOFT, TVKD),
     *(("wrong", f"flipped 0.{n}", name, TVKD) for n in (2, 4) for name in (KD, SOFT)),
