@@ -105,7 +105,7 @@ def comparison(record, keys=TOY):
 
 
 def sweep(record, options, corner, keys=("reward", "vs_dpo")):
-    """A line for the values of the swept options, columns for each method."""
+    """A line for each combination of the values of the swept options, columns for each method."""
     rows = sorted(record["rows"], key=lambda row: point(row, options))      # stable
     return pivot({**record, "rows": rows}, corner,
                  lambda row: ", ".join(f"{x:g}" for x in point(row, options)), plain_name, keys)
@@ -215,7 +215,7 @@ def care(records):
          for name in FAMILIES]) + note([records["care"]], tested)
 
 
-def settings(rows, mark=""):
+def settings(rows, mark):
     """A line a method: for each number of steps its best score and the rate of it; * at an edge."""
     names = {without_setting(row): name_of(row) + (
         f", {row['options']['student_pairs']} pairs" if "data" in row["options"] else "") + (
